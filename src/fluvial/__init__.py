@@ -1,0 +1,3 @@
+"""Fluvial: one library for every diffusion and flow model."""
+
+__version__ = "0.1.0"
