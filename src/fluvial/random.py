@@ -17,7 +17,6 @@ https://doi.org/10.1145/2063384.2063405
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Sequence
 
 import torch
@@ -51,8 +50,8 @@ def philox(counter: Sequence[Tensor | int], key: tuple[int, int], rounds: int = 
 
 
 def fresh_seed() -> int:
-    """A seed nobody chose, for those who gave none; it is recorded with whatever is made from it."""
-    return secrets.randbits(32)
+    """A seed for those who gave none, from torch's global generator (so `torch.manual_seed` governs it)."""
+    return int(torch.randint(1 << 48, ()))
 
 
 def _bits(count: int, samples: Tensor, seed: int, draw: int, stream: int) -> tuple[Tensor, ...]:
