@@ -36,7 +36,9 @@ class GaussianMixture:
     """
 
     def __init__(self, means: Tensor, stds: Tensor, weights: Tensor) -> None:
-        self.means, self.stds, self.weights = (torch.as_tensor(v, dtype=torch.float64) for v in (means, stds, weights))
+        self.means, self.stds, self.weights = (
+            torch.as_tensor(v, dtype=torch.float64) for v in (means, stds, weights)
+        )
         count = len(self.means)
         if self.means.ndim < 2 or self.stds.shape != (count,) or self.weights.shape != (count,):
             raise ShapeError(
@@ -52,7 +54,9 @@ class GaussianMixture:
         """n exact samples (n, *shape)."""
         return self.sample_with_labels(n, seed, dtype)[0]
 
-    def sample_with_labels(self, n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    def sample_with_labels(
+        self, n: int, seed: int = 0, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
         """n exact samples (n, *shape) and the component (n,) each came from."""
         u = random.uniform(n, (1,), seed, stream=random.DATA, dtype=torch.float64)[:, 0]
         label = torch.searchsorted(self.weights.cumsum(0), u.contiguous()).clamp(max=len(self.weights) - 1)
@@ -119,7 +123,9 @@ class Empirical:
     def posterior_mean(self, x: Tensor, alpha: Any, sigma: Any) -> Tensor:
         """E[data | x = alpha data + sigma noise] (B, *shape) for x (B, *shape); alpha, sigma floats or (B,)."""
         centre, keys = self._attended(x.dtype, x.device)
-        a, s = (torch.as_tensor(v, device=x.device, dtype=torch.float64).reshape(-1, 1) for v in (alpha, sigma))
+        a, s = (
+            torch.as_tensor(v, device=x.device, dtype=torch.float64).reshape(-1, 1) for v in (alpha, sigma)
+        )
         # At sigma = 0 the nearest point: far below any distance of the data, but its square is still a number.
         precision = (a / s.clamp(min=1e-12).square()).clamp(max=torch.finfo(x.dtype).max ** 0.5).to(x.dtype)
         query = (x.flatten(1) - a.to(x.dtype) * centre) * precision
@@ -144,7 +150,9 @@ class ExactModel(Model):
     """The exact model of a mixture. Its coefficients come from the query itself, so no time is ever rounded."""
 
     def __init__(self, mixture: GaussianMixture, path: Path) -> None:
-        super().__init__(self._at_network_time, path, "v", null={"label": len(mixture.means)}, shape=mixture.shape)
+        super().__init__(
+            self._at_network_time, path, "v", null={"label": len(mixture.means)}, shape=mixture.shape
+        )
         self.mixture = mixture
 
     def _query(self, t: Any, c: Coefficients) -> Query:
@@ -162,12 +170,12 @@ class EmpiricalModel(Model):
         self.empirical = empirical
 
     def _query(self, t: Any, c: Coefficients) -> Query:
-        return super()._query(t, c)._replace(
-            call=lambda x, cond: self.empirical.posterior_mean(x, c.alpha, c.sigma)
+        return (
+            super()
+            ._query(t, c)
+            ._replace(call=lambda x, cond: self.empirical.posterior_mean(x, c.alpha, c.sigma))
         )
 
     def _at_network_time(self, x: Tensor, t: Tensor) -> Tensor:
         c = self.path(t)
         return self.empirical.posterior_mean(x, c.alpha, c.sigma)
-
-

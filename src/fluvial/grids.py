@@ -52,11 +52,17 @@ def resolve(times: Any, path: Path, steps: int | None, default_steps: int) -> li
             f"times is {times!r}; expected a grid such as fl.grids.Karras(), its name, or a list of numbers"
         ) from None
     if len(values) < 2 or not all(0.0 <= t <= 1.0 for t in values):
-        raise OptionError(f"times is {_short(values)}; expected at least two numbers in [0, 1] (0 noise, 1 data)")
+        raise OptionError(
+            f"times is {_short(values)}; expected at least two numbers in [0, 1] (0 noise, 1 data)"
+        )
     if any(later <= earlier for earlier, later in zip(values, values[1:])):
-        raise OptionError(f"times is {_short(values)}; expected numbers that rise strictly, from noise to data")
+        raise OptionError(
+            f"times is {_short(values)}; expected numbers that rise strictly, from noise to data"
+        )
     if steps is not None and steps != len(values) - 1:
-        raise OptionError(f"steps is {steps} but times has {len(values)} entries, which is {len(values) - 1} steps")
+        raise OptionError(
+            f"steps is {steps} but times has {len(values)} entries, which is {len(values) - 1} steps"
+        )
     return values
 
 

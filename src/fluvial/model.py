@@ -108,12 +108,18 @@ class Convention:
             OptionError: when the clock or input scaling is a function, or the null condition a tensor.
         """
         if self.clock is not None and not isinstance(self.clock, Clock):
-            raise OptionError(f"clock {self.clock!r} is a function and cannot be saved; expected a fl.model.Clock")
+            raise OptionError(
+                f"clock {self.clock!r} is a function and cannot be saved; expected a fl.model.Clock"
+            )
         if self.scale_input is not None:
-            raise OptionError("scale_input is a function and cannot be saved; expected a prediction that fixes it")
+            raise OptionError(
+                "scale_input is a function and cannot be saved; expected a prediction that fixes it"
+            )
         for name, value in (self.null or {}).items():
             if isinstance(value, Tensor):
-                raise OptionError(f"the null condition {name!r} is a tensor and cannot be saved; expected a number")
+                raise OptionError(
+                    f"the null condition {name!r} is a tensor and cannot be saved; expected a number"
+                )
         return {
             "path": self.path.config(),
             "prediction": self.prediction.config(),
@@ -127,7 +133,9 @@ class Convention:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Convention:
         """The convention that `config` described."""
-        normalisation = {k: tuple(v) if isinstance(v, list) else v for k, v in config["normalisation"].items()}
+        normalisation = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in config["normalisation"].items()
+        }
         return cls(
             path=paths.from_config(config["path"]),
             prediction=predictions.from_config(config["prediction"]),
@@ -166,7 +174,9 @@ class Model:
         shape: tuple[int, ...] | None = None,
     ) -> None:
         if not callable(network):
-            raise OptionError(f"network is {type(network).__name__}; expected a callable network(x, t, **cond)")
+            raise OptionError(
+                f"network is {type(network).__name__}; expected a callable network(x, t, **cond)"
+            )
         self.network = network
         self.convention = Convention(
             paths.named(path),
@@ -209,7 +219,9 @@ class Model:
         if not isinstance(t, Tensor):
             return float(t)
         if t.ndim > 1 or t.numel() not in (1, len(x)):
-            raise ShapeError(f"t has shape {tuple(t.shape)} for a batch of {len(x)}; expected a float or ({len(x)},)")
+            raise ShapeError(
+                f"t has shape {tuple(t.shape)} for a batch of {len(x)}; expected a float or ({len(x)},)"
+            )
         # In float64, because 1 - t loses the small noise levels in float32 (and MPS has nothing better).
         exact = torch.float32 if t.device.type == "mps" else torch.float64
         return t.to(exact).expand(len(x)) if t.numel() == 1 else t.to(exact)
@@ -294,14 +306,20 @@ class _Call:
         if self.null:
             cond = {**fill_null(self.null, x, skip=cond), **cond}
         y = x if self.scale is None else x * spread(self.scale, x)
-        out = self.network(y if self.dtype is None or y.dtype == self.dtype else y.to(self.dtype), time, **cond)
+        out = self.network(
+            y if self.dtype is None or y.dtype == self.dtype else y.to(self.dtype), time, **cond
+        )
         if not isinstance(out, Tensor) or out.shape != x.shape:
             given = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-            raise ShapeError(f"the network returned {given} for x of shape {tuple(x.shape)}; expected a tensor like x")
+            raise ShapeError(
+                f"the network returned {given} for x of shape {tuple(x.shape)}; expected a tensor like x"
+            )
         return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
-def fill_null(null: Mapping[str, Any], x: Tensor, skip: Mapping[str, Any] | tuple[()] = ()) -> dict[str, Tensor]:
+def fill_null(
+    null: Mapping[str, Any], x: Tensor, skip: Mapping[str, Any] | tuple[()] = ()
+) -> dict[str, Tensor]:
     """The null condition for the batch of x, of those names that `skip` lacks."""
     filled = {}
     for name, value in null.items():
@@ -339,7 +357,9 @@ class Converted(Model):
         log_snrs = self.path.log_snr(torch.tensor(times, dtype=torch.float64))
         inner = self.source.queries(self.source.path.time(log_snrs).tolist())
         low, high = self._range()
-        return [self._inside_or_not(c, q, low <= l <= high) for c, q, l in zip(table, inner, log_snrs.tolist())]
+        return [
+            self._inside_or_not(c, q, low <= l <= high) for c, q, l in zip(table, inner, log_snrs.tolist())
+        ]
 
     def _range(self) -> tuple[float, float]:
         return self.source.path.log_snr(0.0), self.source.path.log_snr(1.0)
@@ -374,9 +394,13 @@ class Converted(Model):
         )
         weights = (torch.where(inside, p + zero, one), torch.where(inside, q + zero, zero))
         silent = ~inside & (c.sigma == 0.0)
-        alpha, sigma = (torch.where(silent, o / norm, n) for o, n in ((inner.c.alpha, c.alpha), (inner.c.sigma, c.sigma)))
+        alpha, sigma = (
+            torch.where(silent, o / norm, n) for o, n in ((inner.c.alpha, c.alpha), (inner.c.sigma, c.sigma))
+        )
         prediction = inner.prediction if isinstance(inner.prediction, Data) else None
-        return Query(self.path, c, Coefficients(alpha, sigma, 0, 0), weights, call, prediction, self.independent)
+        return Query(
+            self.path, c, Coefficients(alpha, sigma, 0, 0), weights, call, prediction, self.independent
+        )
 
 
 @dataclass(frozen=True)
@@ -402,7 +426,9 @@ class _DataOf:
         return combine(self.on_x, x, self.on_out, self.call(x, cond))
 
 
-def convert(model: Model, path: Path | str | None = None, prediction: str | Prediction | None = None) -> Model:
+def convert(
+    model: Model, path: Path | str | None = None, prediction: str | Prediction | None = None
+) -> Model:
     """The same model in another notation, without training: exact, differentiable, sharing the network.
 
     Args:

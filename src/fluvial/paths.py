@@ -83,7 +83,9 @@ class Path:
     def table(self, times: Sequence[float]) -> list[Coefficients]:
         """The coefficients at many float times at once, as Python floats: one evaluation instead of many."""
         if not all(0.0 <= t <= 1.0 for t in times):
-            raise PathTimeError(f"times from {min(times)} to {max(times)}; expected times in [0, 1], 0 noise and 1 data")
+            raise PathTimeError(
+                f"times from {min(times)} to {max(times)}; expected times in [0, 1], 0 noise and 1 data"
+            )
         columns = self._coefficients(torch.tensor(times, dtype=torch.float64))
         return [Coefficients(*row) for row in zip(*(column.tolist() for column in columns))]
 
@@ -118,7 +120,9 @@ class Path:
         if isinstance(t, Tensor):
             return (2.0 * self.langevin(t) / self(t).alpha).sqrt()
         exact = _exact(t)
-        return self._existing(t, (2.0 * self._langevin(exact) / self._coefficients(exact).alpha).sqrt(), "diffusion")
+        return self._existing(
+            t, (2.0 * self._langevin(exact) / self._coefficients(exact).alpha).sqrt(), "diffusion"
+        )
 
     def shifted(self, shift: float) -> Path:
         """This path on another clock: noise level 1 - t becomes k(1 - t) / (1 + (k - 1)(1 - t)), as in SD3 and FLUX."""
@@ -136,7 +140,9 @@ class Path:
     def _existing(self, t: float, value: Tensor, what: str) -> float:
         number = value.item()
         if not math.isfinite(number):
-            raise PathTimeError(f"the {what} of {self} does not exist at t = {t}; expected a time inside (0, 1)")
+            raise PathTimeError(
+                f"the {what} of {self} does not exist at t = {t}; expected a time inside (0, 1)"
+            )
         return number
 
 
@@ -314,7 +320,9 @@ class EDM(Path):
 
 def _ordered_sigmas(sigma_min: float, sigma_max: float) -> None:
     if not 0.0 < sigma_min < sigma_max:
-        raise OptionError(f"sigma_min is {sigma_min} and sigma_max {sigma_max}; expected 0 < sigma_min < sigma_max")
+        raise OptionError(
+            f"sigma_min is {sigma_min} and sigma_max {sigma_max}; expected 0 < sigma_min < sigma_max"
+        )
 
 
 @dataclass(frozen=True)
@@ -410,7 +418,9 @@ class Shifted(Path):
 
     def __post_init__(self) -> None:
         if not self.shift > 0:
-            raise OptionError(f"shift is {self.shift}; expected a positive number, such as 3 (1 changes nothing)")
+            raise OptionError(
+                f"shift is {self.shift}; expected a positive number, such as 3 (1 changes nothing)"
+            )
 
     def _inner(self, t: Tensor) -> Tensor:
         return t / (t + self.shift * (1.0 - t))

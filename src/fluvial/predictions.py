@@ -123,7 +123,9 @@ class EDM(Prediction):
 
     def __post_init__(self) -> None:
         if not self.sigma_data > 0:
-            raise OptionError(f"sigma_data is {self.sigma_data}; expected the data's standard deviation, above 0")
+            raise OptionError(
+                f"sigma_data is {self.sigma_data}; expected the data's standard deviation, above 0"
+            )
 
     def _norm(self, c: Coefficients) -> Any:
         return (c.sigma * c.sigma + (c.alpha * self.sigma_data) ** 2) ** 0.5

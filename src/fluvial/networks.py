@@ -1,0 +1,276 @@
+"""Networks to train: a U-Net from diffusers for images, and one small MLP of our own for points, tables and
+series.
+
+Both are called as `network(x, t, label=None)` and answer with a tensor like x. The null class, asked of the
+network where a label is dropped or unknown, is the index `num_classes`: the last row of the label embedding.
+
+The two read different clocks, and do not translate (that is the model's `clock`): the U-Net wants diffusers'
+0 … 1000, as any float; the MLP wants t in [0, 1], or any other clock a few units long.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fluvial.errors import OptionError, one_of
+
+
+class UNet(nn.Module):
+    """A `diffusers.UNet2DModel` of any image size, with a null class.
+
+    Sizes that the levels do not divide are padded by repeating the border, and cropped again. `unet` is the
+    diffusers model itself, so that `network.unet.save_pretrained(folder)` writes what a diffusers pipeline
+    loads (its `sample_size` is then the padded size, and its last class the null class).
+
+    Args: as for `unet`, each spelled out.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        size: Sequence[int],
+        num_classes: int | None,
+        width: int,
+        multipliers: Sequence[int],
+        layers: int,
+        attention: Sequence[bool],
+    ):
+        super().__init__()
+        from diffusers import UNet2DModel  # slow to import, and points never need it
+
+        self.channels, self.size, self.num_classes = channels, tuple(size), num_classes
+        self.width, self.multipliers, self.layers = width, tuple(multipliers), layers
+        self.attention = tuple(attention)
+        self._padding = tuple(-side % 2 ** (len(multipliers) - 1) for side in size)
+        down = ["AttnDownBlock2D" if here else "DownBlock2D" for here in attention]
+        up = ["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)]
+        height, length = (side + extra for side, extra in zip(size, self._padding))
+        self.unet = UNet2DModel(
+            sample_size=height if height == length else (height, length),
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=tuple(width * factor for factor in multipliers),
+            layers_per_block=layers,
+            down_block_types=tuple(down),
+            up_block_types=tuple(up),
+            norm_num_groups=8,
+            attention_head_dim=width,
+            resnet_time_scale_shift="scale_shift",
+            num_class_embeds=None if num_classes is None else num_classes + 1,
+            add_attention=attention[-1],
+        )
+        self.unet.time_proj = _Sinusoids(width)  # type: ignore[assignment]
+        # The first prediction is then 0 for every input: training starts from the mean, not from noise of its
+        # own.
+        nn.init.zeros_(self.unet.conv_out.weight)
+        nn.init.zeros_(self.unet.conv_out.bias)
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W), t (B,) in 0 … 1000, label (B,) long or None (the null class) -> (B, C, H, W)."""
+        label = _label(label, len(x), self.num_classes, x.device)
+        height, length = x.shape[-2:]
+        if any(self._padding):
+            x = F.pad(x, (0, self._padding[1], 0, self._padding[0]), mode="replicate")
+        return self.unet(x, t, class_labels=label, return_dict=False)[0][..., :height, :length]
+
+    def config(self) -> dict[str, Any]:
+        """What `from_config` needs to build the same architecture: JSON-able."""
+        return {
+            "kind": "unet",
+            "channels": self.channels,
+            "size": list(self.size),
+            "num_classes": self.num_classes,
+            "width": self.width,
+            "multipliers": list(self.multipliers),
+            "layers": self.layers,
+            "attention": list(self.attention),
+        }
+
+
+class MLP(nn.Module):
+    """Residual blocks over a flattened sample, with time and label added inside each block.
+
+        h <- h + W2 silu(W1 norm(h) + Wc c),   c = embed(fourier(t)) + embed(label)
+
+    Args: as for `mlp`, each spelled out.
+    """
+
+    def __init__(self, shape: Sequence[int], num_classes: int | None, width: int, depth: int):
+        super().__init__()
+        self.shape, self.channels, self.num_classes = tuple(shape), shape[0], num_classes
+        self.width, self.depth = width, depth
+        dim = math.prod(shape)
+        self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
+        self.label = None if num_classes is None else nn.Embedding(num_classes + 1, width)
+        self.enter = nn.Linear(dim, width)
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
+        self.leave = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim))
+        nn.init.zeros_(self.leave[1].weight)
+        nn.init.zeros_(self.leave[1].bias)
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """x (B, *shape), t (B,), label (B,) long or None (the null class) -> (B, *shape)."""
+        label = _label(label, len(x), self.num_classes, x.device)
+        precise = torch.promote_types(t.dtype, torch.float32)
+        # From a quarter turn to 16 turns over [0, 1]: slow enough to order all times, fast enough to tell
+        # near ones.
+        turns = torch.logspace(-2, 4, 32, base=2.0, dtype=precise, device=t.device)
+        angle = 2 * math.pi * turns * t[:, None]  # (B, 32)
+        condition = self.time(torch.cat([angle.cos(), angle.sin()], dim=1).to(x.dtype))
+        if self.label is not None:
+            condition = condition + self.label(label)
+        hidden = self.enter(x.flatten(1))
+        condition = F.silu(condition)
+        for block in self.blocks:
+            hidden = block(hidden, condition)
+        return self.leave(hidden).reshape(x.shape)
+
+    def config(self) -> dict[str, Any]:
+        """What `from_config` needs to build the same architecture: JSON-able."""
+        return {
+            "kind": "mlp",
+            "shape": list(self.shape),
+            "num_classes": self.num_classes,
+            "width": self.width,
+            "depth": self.depth,
+        }
+
+
+class _Sinusoids(nn.Module):
+    """diffusers' time features, in the precision of t: theirs round a float64 t to float32, which would show
+    as differences of 1e-5 between notations whose clocks agree to 1e-16. It has no weights: saved models are
+    unchanged.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t (B,) -> (B, size): cosines, then sines."""
+        precise = torch.promote_types(t.dtype, torch.float32)
+        half = self.size // 2
+        step = torch.arange(half, dtype=precise, device=t.device)
+        angle = t[:, None].to(precise) * torch.exp(-math.log(10_000) / half * step)
+        return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.first = nn.Linear(width, width)
+        self.condition = nn.Linear(width, width, bias=False)
+        self.second = nn.Linear(width, width)
+
+    def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
+        return hidden + self.second(F.silu(self.first(self.norm(hidden)) + self.condition(condition)))
+
+
+def _label(label: Tensor | None, count: int, num_classes: int | None, device: torch.device) -> Tensor | None:
+    """The label (B,) to embed: the null class where none is given."""
+    if num_classes is None:
+        if label is not None:
+            raise OptionError("this network was built without classes, but was given a label")
+        return None
+    if label is None:
+        return torch.full((count,), num_classes, dtype=torch.long, device=device)
+    return label
+
+
+def unet(
+    channels: int,
+    size: int | Sequence[int],
+    num_classes: int | None = None,
+    width: int = 32,
+    multipliers: Sequence[int] | None = None,
+    layers: int | None = None,
+    attention: Sequence[bool] | None = None,
+) -> UNet:
+    """A U-Net for images, sized for them; its time is diffusers' 0 … 1000.
+
+    Args:
+        channels: of an image, in and out.
+        size: height and width in pixels, or one number for both; any size from 1.
+        num_classes: how many classes; the network has one more, the null class. None: no labels.
+        width: channels of the first level, a multiple of 8.
+        multipliers: of the width, one per level; each level halves the image. Default: as many levels, at
+            most four, as leave four pixels or more at the last: (1, 2) for 8x8, (1, 2, 4) for 16x16 and
+            28x28, (1, 2, 4, 4) from 32x32.
+        layers: residual blocks per level.
+        attention: per level, whether its pixels attend to each other. Default: the last level only.
+
+    Raises:
+        OptionError: for a width that is not a multiple of 8, or as many `attention` flags as there are not
+            levels.
+    """
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or min(sides) < 1 or channels < 1:
+        raise OptionError(
+            f"a U-Net is for images: channels is {channels}, size is {size}; expected numbers from 1"
+        )
+    if width < 8 or width % 8:
+        raise OptionError(f"width is {width}; expected a multiple of 8 (the groups of its normalisation)")
+    if multipliers is None:
+        levels = 1
+        while levels < 4 and max(sides) >= 4 * 2**levels:
+            levels += 1
+        multipliers = (1, 2, 4, 4)[:levels]
+    if layers is None:
+        layers = 1
+    if attention is None:
+        attention = [False] * (len(multipliers) - 1) + [True]
+    if len(attention) != len(multipliers):
+        raise OptionError(
+            f"attention has {len(attention)} flags for {len(multipliers)} levels; expected one each"
+        )
+    return UNet(channels, sides, num_classes, width, multipliers, layers, attention)
+
+
+def mlp(dim: int | Sequence[int], num_classes: int | None = None, width: int = 256, depth: int = 4) -> MLP:
+    """An MLP for points, vectors and short series; its time is t in [0, 1].
+
+    Args:
+        dim: numbers in a sample, or the sample's shape, such as (channels, length) for a series.
+        num_classes: how many classes; the network has one more, the null class. None: no labels.
+        width: of the hidden layers.
+        depth: how many residual blocks.
+
+    Raises:
+        OptionError: for a number below 1.
+    """
+    shape = (dim,) if isinstance(dim, int) else tuple(dim)
+    if not shape or min(*shape, width, depth) < 1:
+        raise OptionError(f"dim is {dim}, width {width}, depth {depth}; expected numbers from 1")
+    return MLP(shape, num_classes, width, depth)
+
+
+def for_data(shape: Sequence[int], num_classes: int | None = None, width: int | None = None) -> UNet | MLP:
+    """The network for samples of this shape: a U-Net for images (C, H, W), the MLP for everything else."""
+    given = {} if width is None else {"width": width}
+    if len(shape) == 3:
+        return unet(shape[0], shape[1:], num_classes, **given)
+    return mlp(shape, num_classes, **given)
+
+
+def from_config(config: dict[str, Any]) -> UNet | MLP:
+    """The architecture that `config()` described, with fresh weights.
+
+    Raises:
+        OptionError: for a kind of network, or an argument, that is not known here.
+    """
+    kinds = {"unet": UNet, "mlp": MLP}
+    arguments = dict(config)
+    kind = arguments.pop("kind", None)
+    if kind not in kinds:
+        raise one_of("kind of network", kind, kinds)
+    try:
+        return kinds[kind](**arguments)
+    except TypeError as error:
+        raise OptionError(f"not a config of a {kind}: {error}") from error

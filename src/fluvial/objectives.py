@@ -1,0 +1,161 @@
+"""Objectives: what training minimises, as orthogonal choices.
+
+    E  w(t) distance(out, p * data + q * noise),        t ~ times,  (noise, data) ~ coupling,  x = alpha data + sigma noise
+
+All targets have the same minimiser; they differ by a weight. An error in the data estimate is an error -alpha/sigma
+times as large in the noise, and in any target with D = alpha q - sigma p
+
+    |noise error|² = (alpha / D)² |target error|²,
+
+so a weighting is stated once, as a function of log_snr on the squared noise error, and derived for every target.
+"uniform" is the exception: 1 on the target's own squared error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluvial import couplings, grids, predictions, random
+from fluvial.couplings import Pairs
+from fluvial.errors import OptionError, ShapeError, one_of
+from fluvial.model import Model
+from fluvial.predictions import Prediction, spread
+
+# On the squared noise error, as functions of log_snr.
+_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    # Ho et al. 2020, "simple": 1.
+    "noise": torch.ones_like,
+    # Salimans, Ho 2022: 1 on the data error, at least 1 on the noise error.
+    "truncated_snr": lambda l: (-l).exp().clamp(min=1.0),
+    # Hang et al. 2023, https://arxiv.org/abs/2303.09556: min(snr, 5) on the data error.
+    "min_snr": lambda l: (math.log(5.0) - l).exp().clamp(max=1.0),
+    # Karras et al. 2022, sigma_data = 1/2: 1 on the preconditioned network's own error.
+    "edm": lambda l: 1.0 + 4.0 * (-l).exp(),
+    # Kingma, Gao 2023, https://arxiv.org/abs/2303.00848: sigmoid(2 - log_snr).
+    "sigmoid": lambda l: torch.sigmoid(2.0 - l),
+}
+
+
+@dataclass(frozen=True)
+class PseudoHuber:
+    """√(mean squared error + c²) - c: quadratic for small errors, linear for large ones.
+
+    Source: Song, Dhariwal: Improved techniques for training consistency models (2023), https://arxiv.org/abs/2310.14189
+    """
+
+    c: float = 0.03
+
+    def __post_init__(self) -> None:
+        if not self.c > 0:
+            raise OptionError(f"c is {self.c}; expected a positive number")
+
+    def __call__(self, error: Tensor) -> Tensor:
+        return (mean_square(error) + self.c**2).sqrt() - self.c
+
+
+def mean_square(error: Tensor) -> Tensor:
+    """The mean squared error (B,) over the dimensions of a sample."""
+    return error.square().flatten(1).mean(1)
+
+
+_DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {"mse": mean_square, "pseudo_huber": PseudoHuber()}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A training loss: target x coupling x times x weight x distance.
+
+    Args:
+        target: the prediction whose error is measured; the network's own prediction need not be the same.
+        times: the density of training times: an object from `fl.grids`, or "uniform", "logit_normal", "u_shaped".
+        weight: "uniform", or on the noise error "noise", "min_snr", "truncated_snr", "edm", "sigmoid", or a function
+            of log_snr (B,) -> (B,).
+        coupling: "independent", "ot", "pairs", or an object from `fl.couplings`.
+        distance: "mse", "pseudo_huber", or a function of the error (B, …) -> (B,).
+    """
+
+    target: str | Prediction = "velocity"
+    times: Any = "uniform"
+    weight: str | Callable[[Tensor], Tensor] = "uniform"
+    coupling: Any = "independent"
+    distance: str | Callable[[Tensor], Tensor] = "mse"
+
+    def __post_init__(self) -> None:
+        # Every name is looked up now, so that a wrong one is known before any work is done.
+        predictions.named(self.target)
+        grids.density(self.times)
+        couplings.named(self.coupling)
+        if not callable(self.weight) and self.weight != "uniform" and self.weight not in _WEIGHTS:
+            raise one_of("weight", self.weight, ["uniform", *_WEIGHTS])
+        if not callable(self.distance) and self.distance not in _DISTANCES:
+            raise one_of("distance", self.distance, _DISTANCES)
+
+    @property
+    def independent(self) -> bool:
+        """Whether a model trained so has a score."""
+        return couplings.named(self.coupling).independent
+
+    def draw_times(self, model: Model, index: Tensor, seed: int) -> Tensor:
+        """The training times (B,), float64, of the samples numbered `index`."""
+        u = random.uniform(index, (1,), seed, stream=random.TIME, dtype=torch.float64, device=index.device)
+        return grids.density(self.times).quantile(u[:, 0], model.path)
+
+    def __call__(
+        self,
+        model: Model,
+        data: Tensor,
+        cond: Mapping[str, Tensor] | None = None,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+        seed: int | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of each sample (B,), a mean over its dimensions.
+
+        Args:
+            model: the model that learns; its network is called once.
+            data: (B, …) in path units.
+            cond: conditions by name, batch first; they follow the data through the coupling.
+            t: (B,) times; drawn from `times` when not given.
+            noise: (B, …); drawn when not given. Stored pairs must give it.
+            seed: of what is drawn; None takes one from torch's generator.
+            index: (B,) int64, the samples' numbers, of which times and noise are functions; default 0 … B-1.
+        """
+        coupling = couplings.named(self.coupling)
+        if isinstance(coupling, Pairs) and noise is None:
+            raise OptionError('coupling "pairs" needs the noise stored with the data; expected noise=')
+        if noise is not None and noise.shape != data.shape:
+            raise ShapeError(
+                f"noise has shape {tuple(noise.shape)} and data {tuple(data.shape)}; expected the same"
+            )
+        seed = random.fresh_seed() if seed is None else seed
+        index = torch.arange(len(data), device=data.device) if index is None else index
+        if t is None:
+            t = self.draw_times(model, index, seed)
+        if noise is None:
+            noise = random.normal(index, data.shape[1:], seed, 0, random.TRAIN, data.dtype, data.device)
+        noise_index, data_index = coupling(noise, data)
+        cond = {name: value[data_index] for name, value in (cond or {}).items()}
+        return self._loss(model, data[data_index], noise[noise_index], t.to(data.device), cond)
+
+    def _loss(
+        self, model: Model, data: Tensor, noise: Tensor, t: Tensor, cond: Mapping[str, Tensor]
+    ) -> Tensor:
+        target = predictions.named(self.target)
+        t = t.double() if t.device.type != "mps" else t
+        c = model.path(t)
+        x = spread(c.alpha, data) * data + spread(c.sigma, data) * noise
+        p, q = target.weights(c)
+        error = model(x, t, **cond).predict(target) - (spread(p, data) * data + spread(q, data) * noise)
+        distance = self.distance if callable(self.distance) else _DISTANCES[self.distance]
+        if self.weight == "uniform":
+            return distance(error)
+        weight = self.weight if callable(self.weight) else _WEIGHTS[self.weight]
+        on_target = weight(model.path.log_snr(t)) * (c.alpha / (c.alpha * q - c.sigma * p)).square()
+        return on_target.to(error.dtype) * distance(error)
