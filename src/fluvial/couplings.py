@@ -77,9 +77,7 @@ def named(coupling: Any) -> Coupling:
     """A coupling by name ("independent", "ot", "pairs"); an object as it is."""
     if callable(coupling):
         if not isinstance(getattr(coupling, "independent", None), bool):
-            raise OptionError(
-                f"coupling {coupling!r} does not say whether it is `independent`; expected True or False"
-            )
+            raise OptionError(f"coupling {coupling!r} does not say whether it is `independent`; expected True or False")
         return coupling
     if coupling not in _NAMED:
         raise one_of("coupling", coupling, _NAMED)

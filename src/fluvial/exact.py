@@ -3,10 +3,12 @@
 A mixture of Gaussians stays one along any path: component k at time t is Normal(alpha m_k, V_k I) with
 V_k = alpha² s_k² + sigma², so with r_k(x) its posterior weight,
 
-    E[data | x]  = sum_k r_k [m_k + alpha s_k²/V_k (x - alpha m_k)],      E[noise | x] = sum_k r_k sigma/V_k (x - alpha m_k).
+    E[data | x]  = sum_k r_k [m_k + alpha s_k²/V_k (x - alpha m_k)],
+    E[noise | x] = sum_k r_k sigma/V_k (x - alpha m_k).
 
-A finite data set is the mixture of its points, E[data | x] = sum_i w_i d_i, w = softmax_i(-|x - alpha d_i|²/(2 sigma²)),
-which is attention: query x alpha/sigma², keys and values d_i, bias -alpha²|d_i|²/(2 sigma²).
+A finite data set is the mixture of its points, E[data | x] = sum_i w_i d_i with
+w = softmax_i(-|x - alpha d_i|²/(2 sigma²)), which is attention: query x alpha/sigma², keys and values d_i, bias
+-alpha²|d_i|²/(2 sigma²).
 """
 
 from __future__ import annotations
@@ -36,9 +38,7 @@ class GaussianMixture:
     """
 
     def __init__(self, means: Tensor, stds: Tensor, weights: Tensor) -> None:
-        self.means, self.stds, self.weights = (
-            torch.as_tensor(v, dtype=torch.float64) for v in (means, stds, weights)
-        )
+        self.means, self.stds, self.weights = (torch.as_tensor(v, dtype=torch.float64) for v in (means, stds, weights))
         count = len(self.means)
         if self.means.ndim < 2 or self.stds.shape != (count,) or self.weights.shape != (count,):
             raise ShapeError(
@@ -54,9 +54,7 @@ class GaussianMixture:
         """n exact samples (n, *shape)."""
         return self.sample_with_labels(n, seed, dtype)[0]
 
-    def sample_with_labels(
-        self, n: int, seed: int = 0, dtype: torch.dtype = torch.float32
-    ) -> tuple[Tensor, Tensor]:
+    def sample_with_labels(self, n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """n exact samples (n, *shape) and the component (n,) each came from."""
         u = random.uniform(n, (1,), seed, stream=random.DATA, dtype=torch.float64)[:, 0]
         label = torch.searchsorted(self.weights.cumsum(0), u.contiguous()).clamp(max=len(self.weights) - 1)
@@ -123,9 +121,7 @@ class Empirical:
     def posterior_mean(self, x: Tensor, alpha: Any, sigma: Any) -> Tensor:
         """E[data | x = alpha data + sigma noise] (B, *shape) for x (B, *shape); alpha, sigma floats or (B,)."""
         centre, keys = self._attended(x.dtype, x.device)
-        a, s = (
-            torch.as_tensor(v, device=x.device, dtype=torch.float64).reshape(-1, 1) for v in (alpha, sigma)
-        )
+        a, s = (torch.as_tensor(v, device=x.device, dtype=torch.float64).reshape(-1, 1) for v in (alpha, sigma))
         # At sigma = 0 the nearest point: far below any distance of the data, but its square is still a number.
         precision = (a / s.clamp(min=1e-12).square()).clamp(max=torch.finfo(x.dtype).max ** 0.5).to(x.dtype)
         query = (x.flatten(1) - a.to(x.dtype) * centre) * precision
@@ -150,9 +146,7 @@ class ExactModel(Model):
     """The exact model of a mixture. Its coefficients come from the query itself, so no time is ever rounded."""
 
     def __init__(self, mixture: GaussianMixture, path: Path) -> None:
-        super().__init__(
-            self._at_network_time, path, "v", null={"label": len(mixture.means)}, shape=mixture.shape
-        )
+        super().__init__(self._at_network_time, path, "v", null={"label": len(mixture.means)}, shape=mixture.shape)
         self.mixture = mixture
 
     def _query(self, t: Any, c: Coefficients) -> Query:
@@ -170,11 +164,7 @@ class EmpiricalModel(Model):
         self.empirical = empirical
 
     def _query(self, t: Any, c: Coefficients) -> Query:
-        return (
-            super()
-            ._query(t, c)
-            ._replace(call=lambda x, cond: self.empirical.posterior_mean(x, c.alpha, c.sigma))
-        )
+        return super()._query(t, c)._replace(call=lambda x, cond: self.empirical.posterior_mean(x, c.alpha, c.sigma))
 
     def _at_network_time(self, x: Tensor, t: Tensor) -> Tensor:
         c = self.path(t)

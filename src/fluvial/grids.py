@@ -13,27 +13,35 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fluvial.errors import OptionError, one_of
-from fluvial.paths import Path
 
 # Beyond these a log-SNR grid would spend its steps where nothing happens: noise over data of 90, and of .002.
 LOG_SNR_MIN, LOG_SNR_MAX = -9.0, 12.4
 
 
+class Clocked(Protocol):
+    """What is needed of a path here: its log-SNR at a time, and the time of a log-SNR (floats or tensors)."""
+
+    def log_snr(self, t: Any) -> Any: ...
+
+    def time(self, log_snr: Any) -> Any: ...
+
+
 class Grid(Protocol):
     """Where a sampler's N steps begin and end."""
 
-    def times(self, path: Path, steps: int) -> list[float]:
+    def times(self, path: Clocked, steps: int) -> list[float]:
         """N + 1 rising times from 0 to 1, the last of them the landing on the data."""
         ...
 
 
-def resolve(times: Any, path: Path, steps: int | None, default_steps: int) -> list[float]:
+def resolve(times: Any, path: Clocked, steps: int | None, default_steps: int) -> list[float]:
     """The times a sampler visits, from what the user gave: None, a grid, its name, a list or a 1-D tensor.
 
     Raises:
@@ -52,17 +60,11 @@ def resolve(times: Any, path: Path, steps: int | None, default_steps: int) -> li
             f"times is {times!r}; expected a grid such as fl.grids.Karras(), its name, or a list of numbers"
         ) from None
     if len(values) < 2 or not all(0.0 <= t <= 1.0 for t in values):
-        raise OptionError(
-            f"times is {_short(values)}; expected at least two numbers in [0, 1] (0 noise, 1 data)"
-        )
-    if any(later <= earlier for earlier, later in zip(values, values[1:])):
-        raise OptionError(
-            f"times is {_short(values)}; expected numbers that rise strictly, from noise to data"
-        )
+        raise OptionError(f"times is {_short(values)}; expected at least two numbers in [0, 1] (0 noise, 1 data)")
+    if any(later <= earlier for earlier, later in pairwise(values)):
+        raise OptionError(f"times is {_short(values)}; expected numbers that rise strictly, from noise to data")
     if steps is not None and steps != len(values) - 1:
-        raise OptionError(
-            f"steps is {steps} but times has {len(values)} entries, which is {len(values) - 1} steps"
-        )
+        raise OptionError(f"steps is {steps} but times has {len(values)} entries, which is {len(values) - 1} steps")
     return values
 
 
@@ -75,10 +77,10 @@ def _short(values: Sequence[float]) -> str:
 class Uniform:
     """Equal steps of the path's own clock; as a density, p(t) = 1 on [0, 1]."""
 
-    def times(self, path: Path, steps: int) -> list[float]:
+    def times(self, path: Clocked, steps: int) -> list[float]:
         return [k / steps for k in range(steps)] + [1.0]
 
-    def quantile(self, u: Tensor, path: Path) -> Tensor:
+    def quantile(self, u: Tensor, path: Clocked) -> Tensor:
         return u
 
 
@@ -92,7 +94,7 @@ class Shifted:
         if not self.shift > 0:
             raise OptionError(f"shift is {self.shift}; expected a positive number, such as 3")
 
-    def times(self, path: Path, steps: int) -> list[float]:
+    def times(self, path: Clocked, steps: int) -> list[float]:
         return [t / (t + self.shift * (1.0 - t)) for t in Uniform().times(path, steps)]
 
 
@@ -100,7 +102,7 @@ class Shifted:
 class Cosine:
     """t = sin²(pi s / 2) of equal steps in s: short steps at both ends."""
 
-    def times(self, path: Path, steps: int) -> list[float]:
+    def times(self, path: Clocked, steps: int) -> list[float]:
         return [math.sin(math.pi * k / (2 * steps)) ** 2 for k in range(steps)] + [1.0]
 
 
@@ -108,7 +110,7 @@ class Cosine:
 class LogSNR:
     """Equal steps of log_snr, within the path's range clipped to [-9, 12.4]; 0 and 1 stay nodes."""
 
-    def times(self, path: Path, steps: int) -> list[float]:
+    def times(self, path: Clocked, steps: int) -> list[float]:
         low, high = max(path.log_snr(0.0), LOG_SNR_MIN), min(path.log_snr(1.0), LOG_SNR_MAX)
         count = max(steps - 1, 1)
         return _at_levels(path, [low + (high - low) * k / count for k in range(steps)])
@@ -132,7 +134,7 @@ class Karras:
         if not (0.0 < self.sigma_min < self.sigma_max and self.rho > 0):
             raise OptionError(f"{self} makes no grid; expected 0 < sigma_min < sigma_max and rho > 0")
 
-    def times(self, path: Path, steps: int) -> list[float]:
+    def times(self, path: Clocked, steps: int) -> list[float]:
         high = min(self.sigma_max, math.exp(-path.log_snr(0.0) / 2)) ** (1 / self.rho)
         low = max(self.sigma_min, math.exp(-path.log_snr(1.0) / 2)) ** (1 / self.rho)
         count = max(steps - 1, 1)
@@ -140,7 +142,7 @@ class Karras:
         return _at_levels(path, [-2.0 * math.log(level) for level in levels])
 
 
-def _at_levels(path: Path, log_snrs: list[float]) -> list[float]:
+def _at_levels(path: Clocked, log_snrs: list[float]) -> list[float]:
     """The times of these N log-SNRs, the first moved to 0, and the landing at 1 after them."""
     last_level = math.nextafter(1.0, 0.0)
     inner = path.time(torch.tensor(log_snrs[1:], dtype=torch.float64)).tolist() if log_snrs[1:] else []
@@ -150,7 +152,7 @@ def _at_levels(path: Path, log_snrs: list[float]) -> list[float]:
 class Density(Protocol):
     """How often each time is trained on."""
 
-    def quantile(self, u: Tensor, path: Path) -> Tensor:
+    def quantile(self, u: Tensor, path: Clocked) -> Tensor:
         """The time on `path` below which a share u of the training times lies; u in (0, 1), any shape."""
         ...
 
@@ -169,7 +171,7 @@ class LogitNormal:
         if not self.std > 0:
             raise OptionError(f"std is {self.std}; expected a positive number")
 
-    def quantile(self, u: Tensor, path: Path) -> Tensor:
+    def quantile(self, u: Tensor, path: Clocked) -> Tensor:
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
 
 
@@ -186,7 +188,7 @@ class UShaped:
         if not self.sharpness > 0:
             raise OptionError(f"sharpness is {self.sharpness}; expected a positive number, such as 4")
 
-    def quantile(self, u: Tensor, path: Path) -> Tensor:
+    def quantile(self, u: Tensor, path: Clocked) -> Tensor:
         half = math.sinh(self.sharpness / 2)
         return (0.5 + ((2.0 * u - 1.0) * half).asinh() / self.sharpness).clamp(0.0, 1.0)
 
@@ -201,7 +203,7 @@ class LogNormal:
     mean: float = -1.2
     std: float = 1.2
 
-    def quantile(self, u: Tensor, path: Path) -> Tensor:
+    def quantile(self, u: Tensor, path: Clocked) -> Tensor:
         # Noisy is early: the upper quantiles of sigma are the lower ones of t.
         return path.time(-2.0 * (self.mean - self.std * torch.special.ndtri(u)))
 

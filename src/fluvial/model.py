@@ -15,136 +15,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from fluvial import paths, predictions
+from fluvial.convention import Clock, Convention, Normalisation
 from fluvial.errors import OptionError, ShapeError
 from fluvial.paths import Coefficients, Path
 from fluvial.predictions import Data, Estimate, Noise, Prediction, Query, combine, solve, spread
 
-
-@dataclass(frozen=True)
-class Normalisation:
-    """path units = (data - shift) / scale, per channel (dim 0 of a sample) or one number for all."""
-
-    shift: tuple[float, ...] = (0.0,)
-    scale: tuple[float, ...] = (1.0,)
-    low: float | None = None  # measured range, in the data's own units
-    high: float | None = None
-    mean: float | None = None  # measured, in the data's own units
-    std: float | None = None
-
-    def apply(self, data: Tensor) -> Tensor:
-        """Path units (B, …) from the data's own."""
-        if self._identity:
-            return data
-        return (data - self._like(self.shift, data)) / self._like(self.scale, data)
-
-    def invert(self, x: Tensor) -> Tensor:
-        """The data's own units (B, …) from path units."""
-        return x if self._identity else x * self._like(self.scale, x) + self._like(self.shift, x)
-
-    @property
-    def _identity(self) -> bool:
-        return not any(self.shift) and all(s == 1.0 for s in self.scale)
-
-    def _like(self, values: tuple[float, ...], x: Tensor) -> Tensor:
-        return torch.tensor(values, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.ndim - 2))
-
-
-@dataclass(frozen=True)
-class Clock:
-    """The network's time as a linear function of the path's: scale * t + offset."""
-
-    scale: float = 1.0
-    offset: float = 0.0
-
-    def __call__(self, t: Any) -> Any:
-        return self.scale * t + self.offset
-
-    @classmethod
-    def steps(cls, n: int) -> Clock:
-        """n training steps counted from data to noise, 0 … n-1 (DDPM): step i at t = 1 - i/(n - 1)."""
-        return cls(scale=-(n - 1.0), offset=n - 1.0)
-
-    @classmethod
-    def noise_level(cls, scale: float = 1000.0) -> Clock:
-        """scale * (1 - t): the clock of SD3, FLUX and diffusers' flow-matching schedulers."""
-        return cls(scale=-scale, offset=scale)
-
-
-@dataclass(frozen=True)
-class Convention:
-    """Everything about a network that its weights do not say.
-
-    Attributes:
-        path: the path its states lie on.
-        prediction: what it outputs.
-        clock: path time (float, or float64 tensor (B,)) -> network time. None: as it is, or as the prediction says.
-        scale_input: path time -> the factor on x before the network. None: 1, or as the prediction says.
-        null: the null condition by name, {"label": 10}: a number, or the tensor of one sample.
-        independent: whether the noise is Gaussian and independent of the data, so that there is a score.
-        normalisation: how the data were brought to path units.
-        shape: one sample's shape, where it is known.
-    """
-
-    path: Path
-    prediction: Prediction
-    clock: Callable[[Any], Any] | None = None
-    scale_input: Callable[[Any], Any] | None = None
-    null: Mapping[str, Any] | None = None
-    independent: bool = True
-    normalisation: Normalisation = Normalisation()
-    shape: tuple[int, ...] | None = None
-
-    def config(self) -> dict[str, Any]:
-        """A JSON-able description, for run folders.
-
-        Raises:
-            OptionError: when the clock or input scaling is a function, or the null condition a tensor.
-        """
-        if self.clock is not None and not isinstance(self.clock, Clock):
-            raise OptionError(
-                f"clock {self.clock!r} is a function and cannot be saved; expected a fl.model.Clock"
-            )
-        if self.scale_input is not None:
-            raise OptionError(
-                "scale_input is a function and cannot be saved; expected a prediction that fixes it"
-            )
-        for name, value in (self.null or {}).items():
-            if isinstance(value, Tensor):
-                raise OptionError(
-                    f"the null condition {name!r} is a tensor and cannot be saved; expected a number"
-                )
-        return {
-            "path": self.path.config(),
-            "prediction": self.prediction.config(),
-            "clock": None if self.clock is None else asdict(self.clock),
-            "null": None if self.null is None else dict(self.null),
-            "independent": self.independent,
-            "normalisation": asdict(self.normalisation),
-            "shape": None if self.shape is None else list(self.shape),
-        }
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Convention:
-        """The convention that `config` described."""
-        normalisation = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in config["normalisation"].items()
-        }
-        return cls(
-            path=paths.from_config(config["path"]),
-            prediction=predictions.from_config(config["prediction"]),
-            clock=None if config["clock"] is None else Clock(**config["clock"]),
-            null=config["null"],
-            independent=config["independent"],
-            normalisation=Normalisation(**normalisation),
-            shape=None if config["shape"] is None else tuple(config["shape"]),
-        )
+__all__ = ["Clock", "Convention", "Converted", "Model", "Normalisation", "convert", "fill_null"]
 
 
 class Model:
@@ -174,9 +57,7 @@ class Model:
         shape: tuple[int, ...] | None = None,
     ) -> None:
         if not callable(network):
-            raise OptionError(
-                f"network is {type(network).__name__}; expected a callable network(x, t, **cond)"
-            )
+            raise OptionError(f"network is {type(network).__name__}; expected a callable network(x, t, **cond)")
         self.network = network
         self.convention = Convention(
             paths.named(path),
@@ -219,9 +100,7 @@ class Model:
         if not isinstance(t, Tensor):
             return float(t)
         if t.ndim > 1 or t.numel() not in (1, len(x)):
-            raise ShapeError(
-                f"t has shape {tuple(t.shape)} for a batch of {len(x)}; expected a float or ({len(x)},)"
-            )
+            raise ShapeError(f"t has shape {tuple(t.shape)} for a batch of {len(x)}; expected a float or ({len(x)},)")
         # In float64, because 1 - t loses the small noise levels in float32 (and MPS has nothing better).
         exact = torch.float32 if t.device.type == "mps" else torch.float64
         return t.to(exact).expand(len(x)) if t.numel() == 1 else t.to(exact)
@@ -306,20 +185,14 @@ class _Call:
         if self.null:
             cond = {**fill_null(self.null, x, skip=cond), **cond}
         y = x if self.scale is None else x * spread(self.scale, x)
-        out = self.network(
-            y if self.dtype is None or y.dtype == self.dtype else y.to(self.dtype), time, **cond
-        )
+        out = self.network(y if self.dtype is None or y.dtype == self.dtype else y.to(self.dtype), time, **cond)
         if not isinstance(out, Tensor) or out.shape != x.shape:
             given = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-            raise ShapeError(
-                f"the network returned {given} for x of shape {tuple(x.shape)}; expected a tensor like x"
-            )
+            raise ShapeError(f"the network returned {given} for x of shape {tuple(x.shape)}; expected a tensor like x")
         return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
-def fill_null(
-    null: Mapping[str, Any], x: Tensor, skip: Mapping[str, Any] | tuple[()] = ()
-) -> dict[str, Tensor]:
+def fill_null(null: Mapping[str, Any], x: Tensor, skip: Mapping[str, Any] | tuple[()] = ()) -> dict[str, Tensor]:
     """The null condition for the batch of x, of those names that `skip` lacks."""
     filled = {}
     for name, value in null.items():
@@ -335,9 +208,7 @@ class Converted(Model):
     def __init__(self, source: Model, path: Path, prediction: Prediction) -> None:
         self.source, self.network = source, source.network
         # The clock and the input scaling stay the source's business.
-        self.convention = replace(
-            source.convention, path=path, prediction=prediction, clock=None, scale_input=None
-        )
+        self.convention = replace(source.convention, path=path, prediction=prediction, clock=None, scale_input=None)
 
     def with_network(self, network: Callable[..., Tensor]) -> Converted:
         return self._replace(source=self.source.with_network(network), network=network)
@@ -357,9 +228,7 @@ class Converted(Model):
         log_snrs = self.path.log_snr(torch.tensor(times, dtype=torch.float64))
         inner = self.source.queries(self.source.path.time(log_snrs).tolist())
         low, high = self._range()
-        return [
-            self._inside_or_not(c, q, low <= l <= high) for c, q, l in zip(table, inner, log_snrs.tolist())
-        ]
+        return [self._inside_or_not(c, q, low <= l <= high) for c, q, l in zip(table, inner, log_snrs.tolist())]
 
     def _range(self) -> tuple[float, float]:
         return self.source.path.log_snr(0.0), self.source.path.log_snr(1.0)
@@ -398,9 +267,7 @@ class Converted(Model):
             torch.where(silent, o / norm, n) for o, n in ((inner.c.alpha, c.alpha), (inner.c.sigma, c.sigma))
         )
         prediction = inner.prediction if isinstance(inner.prediction, Data) else None
-        return Query(
-            self.path, c, Coefficients(alpha, sigma, 0, 0), weights, call, prediction, self.independent
-        )
+        return Query(self.path, c, Coefficients(alpha, sigma, 0, 0), weights, call, prediction, self.independent)
 
 
 @dataclass(frozen=True)
@@ -426,9 +293,7 @@ class _DataOf:
         return combine(self.on_x, x, self.on_out, self.call(x, cond))
 
 
-def convert(
-    model: Model, path: Path | str | None = None, prediction: str | Prediction | None = None
-) -> Model:
+def convert(model: Model, path: Path | str | None = None, prediction: str | Prediction | None = None) -> Model:
     """The same model in another notation, without training: exact, differentiable, sharing the network.
 
     Args:

@@ -42,7 +42,7 @@ class UNet(nn.Module):
         attention: Sequence[bool],
     ):
         super().__init__()
-        from diffusers import UNet2DModel  # slow to import, and points never need it
+        from diffusers.models.unets.unet_2d import UNet2DModel  # slow to import, and points never need it
 
         self.channels, self.size, self.num_classes = channels, tuple(size), num_classes
         self.width, self.multipliers, self.layers = width, tuple(multipliers), layers
@@ -68,8 +68,7 @@ class UNet(nn.Module):
         self.unet.time_proj = _Sinusoids(width)  # type: ignore[assignment]
         # The first prediction is then 0 for every input: training starts from the mean, not from noise of its
         # own.
-        nn.init.zeros_(self.unet.conv_out.weight)
-        nn.init.zeros_(self.unet.conv_out.bias)
+        _zero(self.unet.conv_out)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """x (B, C, H, W), t (B,) in 0 … 1000, label (B,) long or None (the null class) -> (B, C, H, W)."""
@@ -111,8 +110,7 @@ class MLP(nn.Module):
         self.enter = nn.Linear(dim, width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
         self.leave = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim))
-        nn.init.zeros_(self.leave[1].weight)
-        nn.init.zeros_(self.leave[1].bias)
+        _zero(self.leave[1])
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """x (B, *shape), t (B,), label (B,) long or None (the null class) -> (B, *shape)."""
@@ -173,6 +171,11 @@ class _Block(nn.Module):
         return hidden + self.second(F.silu(self.first(self.norm(hidden)) + self.condition(condition)))
 
 
+def _zero(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
 def _label(label: Tensor | None, count: int, num_classes: int | None, device: torch.device) -> Tensor | None:
     """The label (B,) to embed: the null class where none is given."""
     if num_classes is None:
@@ -207,14 +210,12 @@ def unet(
         attention: per level, whether its pixels attend to each other. Default: the last level only.
 
     Raises:
-        OptionError: for a width that is not a multiple of 8, or as many `attention` flags as there are not
-            levels.
+        OptionError: for a width that is not a multiple of 8, or an `attention` that is not one flag per
+            level.
     """
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if len(sides) != 2 or min(sides) < 1 or channels < 1:
-        raise OptionError(
-            f"a U-Net is for images: channels is {channels}, size is {size}; expected numbers from 1"
-        )
+        raise OptionError(f"a U-Net is for images: channels is {channels}, size is {size}; expected numbers from 1")
     if width < 8 or width % 8:
         raise OptionError(f"width is {width}; expected a multiple of 8 (the groups of its normalisation)")
     if multipliers is None:
@@ -227,9 +228,7 @@ def unet(
     if attention is None:
         attention = [False] * (len(multipliers) - 1) + [True]
     if len(attention) != len(multipliers):
-        raise OptionError(
-            f"attention has {len(attention)} flags for {len(multipliers)} levels; expected one each"
-        )
+        raise OptionError(f"attention has {len(attention)} flags for {len(multipliers)} levels; expected one each")
     return UNet(channels, sides, num_classes, width, multipliers, layers, attention)
 
 
@@ -253,10 +252,9 @@ def mlp(dim: int | Sequence[int], num_classes: int | None = None, width: int = 2
 
 def for_data(shape: Sequence[int], num_classes: int | None = None, width: int | None = None) -> UNet | MLP:
     """The network for samples of this shape: a U-Net for images (C, H, W), the MLP for everything else."""
-    given = {} if width is None else {"width": width}
     if len(shape) == 3:
-        return unet(shape[0], shape[1:], num_classes, **given)
-    return mlp(shape, num_classes, **given)
+        return unet(shape[0], shape[1:], num_classes, width or 32)
+    return mlp(shape, num_classes, width or 256)
 
 
 def from_config(config: dict[str, Any]) -> UNet | MLP:

@@ -1,6 +1,6 @@
 """Objectives: what training minimises, as orthogonal choices.
 
-    E  w(t) distance(out, p * data + q * noise),        t ~ times,  (noise, data) ~ coupling,  x = alpha data + sigma noise
+    E w(t) distance(out, p data + q noise),    t ~ times,  (noise, data) ~ coupling,  x = alpha data + sigma noise
 
 All targets have the same minimiser; they differ by a weight. An error in the data estimate is an error -alpha/sigma
 times as large in the noise, and in any target with D = alpha q - sigma p
@@ -131,9 +131,7 @@ class Objective:
         if isinstance(coupling, Pairs) and noise is None:
             raise OptionError('coupling "pairs" needs the noise stored with the data; expected noise=')
         if noise is not None and noise.shape != data.shape:
-            raise ShapeError(
-                f"noise has shape {tuple(noise.shape)} and data {tuple(data.shape)}; expected the same"
-            )
+            raise ShapeError(f"noise has shape {tuple(noise.shape)} and data {tuple(data.shape)}; expected the same")
         seed = random.fresh_seed() if seed is None else seed
         index = torch.arange(len(data), device=data.device) if index is None else index
         if t is None:
@@ -144,9 +142,7 @@ class Objective:
         cond = {name: value[data_index] for name, value in (cond or {}).items()}
         return self._loss(model, data[data_index], noise[noise_index], t.to(data.device), cond)
 
-    def _loss(
-        self, model: Model, data: Tensor, noise: Tensor, t: Tensor, cond: Mapping[str, Tensor]
-    ) -> Tensor:
+    def _loss(self, model: Model, data: Tensor, noise: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         target = predictions.named(self.target)
         t = t.double() if t.device.type != "mps" else t
         c = model.path(t)

@@ -8,11 +8,14 @@ so the two equations together determine the pair (data, noise), and the pair det
 
     data = (q x - sigma out) / D,    noise = (alpha out - p x) / D,    D = alpha q - sigma p.
 
-| prediction | p | q |                                    | prediction | p | q |
-|---|---|---|                                            |---|---|---|
-| data       | 1 | 0 |                                    | v (Salimans) | -sigma | alpha |
-| noise      | 0 | 1 |                                    | score        | 0 | -1/sigma |
-| velocity   | alpha' | sigma' |                          | EDM's F      | sigma/(sd n) | -alpha sd/n, n² = sigma² + alpha² sd² |
+| prediction   | p            | q               |
+|---|---|---|
+| data         | 1            | 0               |
+| noise        | 0            | 1               |
+| velocity     | alpha'       | sigma'          |
+| v (Salimans) | -sigma       | alpha           |
+| score        | 0            | -1/sigma        |
+| EDM's F      | sigma/(sd n) | -alpha sd/n     |    n² = sigma² + alpha² sd², sd the data's standard deviation
 
 Where one end is absent from the state the other still is there: at sigma = 0 data is x / alpha, and at alpha = 0
 noise is x / sigma, whatever was predicted. What was predicted is never solved for but kept as it came. The solve is
@@ -123,9 +126,7 @@ class EDM(Prediction):
 
     def __post_init__(self) -> None:
         if not self.sigma_data > 0:
-            raise OptionError(
-                f"sigma_data is {self.sigma_data}; expected the data's standard deviation, above 0"
-            )
+            raise OptionError(f"sigma_data is {self.sigma_data}; expected the data's standard deviation, above 0")
 
     def _norm(self, c: Coefficients) -> Any:
         return (c.sigma * c.sigma + (c.alpha * self.sigma_data) ** 2) ** 0.5

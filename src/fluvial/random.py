@@ -22,8 +22,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fluvial.errors import OptionError
-
 # What is drawn, so that no two uses ever share a number.
 START, STEP, TIME, TRAIN, ORDER, DROP, COUPLING, DATA = range(8)
 
@@ -57,7 +55,7 @@ def fresh_seed() -> int:
 def _bits(count: int, samples: Tensor, seed: int, draw: int, stream: int) -> tuple[Tensor, ...]:
     """Four words (len(samples), count) of random bits for these samples."""
     if not 0 <= seed < 1 << 64:
-        raise OptionError(f"seed is {seed}; expected an integer from 0 to 2**64 - 1")
+        raise ValueError(f"seed is {seed}; expected an integer from 0 to 2**64 - 1")
     element = torch.arange(count, device=samples.device)
     # Samples may number past 2**32: the high half goes into the stream's word, where 24 bits are free.
     high = (samples[:, None] >> 32) << 8

@@ -153,7 +153,7 @@ def sample(
             "pairs, by optimal transport or reflow); use an ODE solver, or model.assume_independent()"
         )
     nodes = grids.resolve(times, model.path, steps, DEFAULT_STEPS)
-    seed = random.fresh_seed() if seed is None else seed
+    seed = _checked_seed(seed)
     rows = plan(model, solver, nodes)
     x = _start(model, noise, nodes[0], seed, first, init, state)
     run = _Run(model, rows, seed, first, _conditions(model, cond, x))
@@ -164,9 +164,7 @@ def sample(
 class _Run:
     """One pass over the rows."""
 
-    def __init__(
-        self, model: Model, rows: list[Step], seed: int, first: int, cond: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, model: Model, rows: list[Step], seed: int, first: int, cond: Mapping[str, Tensor]) -> None:
         self.model, self.rows, self.seed, self.first, self.cond = model, rows, seed, first, cond
 
     def __call__(
@@ -190,9 +188,7 @@ class _Run:
                 states.append(x)
                 estimates.append(invert(step.data(slots)))
             if callback is not None:
-                callback(
-                    StepReport(index, step.s, x, nfe, lambda step=step, slots=slots: invert(step.data(slots)))
-                )
+                callback(StepReport(index, step.s, x, nfe, lambda step=step, slots=slots: invert(step.data(slots))))
         if record:
             return Trajectory(torch.stack(states), torch.stack(estimates), nodes, nfe, self.seed)
         return invert(x) if nodes[-1] == 1.0 else x
@@ -223,9 +219,7 @@ def _start(
     """The state the run starts from, in path units."""
     if state is not None:
         if noise is not None or init is not None:
-            raise OptionError(
-                "state was given together with noise or init; expected state alone to resume from"
-            )
+            raise OptionError("state was given together with noise or init; expected state alone to resume from")
         return _fitting(model, _as_state(state), "state")
     if init is not None and noise is None:
         noise = tuple(init.shape)
@@ -240,9 +234,7 @@ def _start(
     if not isinstance(noise, Tensor):
         shape = tuple(noise)
         if not shape or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
-            raise OptionError(
-                f"noise is {noise!r}; expected a shape of whole numbers, 1 or more, or a noise tensor"
-            )
+            raise OptionError(f"noise is {noise!r}; expected a shape of whole numbers, 1 or more, or a noise tensor")
         samples = range(first, first + shape[0])
         dtype = torch.float64 if init is not None and init.dtype == torch.float64 else torch.float32
         noise = random.normal(samples, shape[1:], seed, stream=random.START, dtype=dtype, device=model.device)
@@ -251,11 +243,17 @@ def _start(
     if init is None:
         return noise if c.sigma == 1.0 else noise * c.sigma
     if init.shape != noise.shape:
-        raise ShapeError(
-            f"init has shape {tuple(init.shape)} and noise {tuple(noise.shape)}; expected the same"
-        )
+        raise ShapeError(f"init has shape {tuple(init.shape)} and noise {tuple(noise.shape)}; expected the same")
     data = model.normalisation.apply(_as_state(init).to(noise))
     return torch.add(data * c.alpha, noise, alpha=c.sigma)
+
+
+def _checked_seed(seed: int | None) -> int:
+    if seed is None:
+        return random.fresh_seed()
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
+        raise OptionError(f"seed is {seed!r}; expected a whole number from 0 to 2**64 - 1")
+    return seed
 
 
 def _as_state(x: Tensor) -> Tensor:
@@ -277,16 +275,13 @@ def _conditions(model: Model, cond: Mapping[str, Tensor] | None, x: Tensor) -> d
     for name, value in (cond or {}).items():
         if not isinstance(value, Tensor) or value.ndim < 1 or len(value) != len(x):
             given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ShapeError(
-                f"condition {name!r} has {given}; expected a tensor with {len(x)} entries, batch first"
-            )
+            raise ShapeError(f"condition {name!r} has {given}; expected a tensor with {len(x)} entries, batch first")
         null = (model.null or {}).get(name)
         if isinstance(null, int) and not value.is_floating_point():
             low, high = int(value.min()), int(value.max())
             if low < 0 or high > null:
                 raise OptionError(
-                    f"condition {name!r} has values from {low} to {high}; expected 0 to {null - 1}, or "
-                    f"{null} for none"
+                    f"condition {name!r} has values from {low} to {high}; expected 0 to {null - 1}, or {null} for none"
                 )
         checked[name] = value.to(x.device)
     return checked

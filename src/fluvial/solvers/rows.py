@@ -169,9 +169,7 @@ def trace(step: Callable[[At], Row], at: At) -> Step:
     """The rows of one step: runs `step` on symbols."""
     result = step(at).fixed()
     # A noise whose coefficient came out as zero is not drawn.
-    used = {slot for slot, _ in result.terms}.union(
-        *({s for s, _ in stage.state.terms} for stage in at.stages)
-    )
+    used = {slot for slot, _ in result.terms}.union(*({s for s, _ in stage.state.terms} for stage in at.stages))
     noises = tuple(slot for slot in at.noises if slot in used)
     data = (at.data if at.data is not None else at.x).fixed()
     return Step(at.t, at.s, tuple(at.stages), noises, result, data, at._next_slot)

@@ -94,6 +94,4 @@ class EulerMaruyama(Solver):
 def _check_rate(name: str, rate: float, t: float | None = None) -> None:
     if not (isinstance(rate, (int, float)) and math.isfinite(rate) and rate >= 0.0):
         where = "" if t is None else f" at t = {t:g}"
-        raise OptionError(
-            f"{name} is {rate!r}{where}; expected a finite number, 0 or more, or a function giving one"
-        )
+        raise OptionError(f"{name} is {rate!r}{where}; expected a finite number, 0 or more, or a function giving one")

@@ -41,9 +41,7 @@ def open_source(spec: object, *, image_size: int | tuple[int, int] | None = None
     """
     sides = (image_size, image_size) if isinstance(image_size, int) else image_size
     if sides is not None and (len(sides) != 2 or min(sides) < 1):
-        raise OptionError(
-            f"image_size is {image_size}; expected pixels from 1, one number or (height, width)"
-        )
+        raise OptionError(f"image_size is {image_size}; expected pixels from 1, one number or (height, width)")
     if isinstance(spec, (str, Path)):
         source = _named(spec, sides)
     else:
@@ -92,8 +90,7 @@ def _given(spec: object) -> Source:
     if isinstance(spec, Iterable):
         return Stream(spec, type(spec).__name__)
     raise DataError(
-        f"data is a {type(spec).__name__}; expected a name, a path, a tensor, a dict of tensors, "
-        "or an iterable of them"
+        f"data is a {type(spec).__name__}; expected a name, a path, a tensor, a dict of tensors, or an iterable of them"
     )
 
 
@@ -119,13 +116,9 @@ def batches(
             the first step.
     """
     if batch_size < 1 or start < 0:
-        raise OptionError(
-            f"batch_size is {batch_size}, start is {start}; expected batch_size from 1, start from 0"
-        )
+        raise OptionError(f"batch_size is {batch_size}, start is {start}; expected batch_size from 1, start from 0")
     if not 0 <= rank < world or batch_size % world:
-        raise OptionError(
-            f"batch_size {batch_size} cannot be shared by rank {rank} of {world} in equal parts"
-        )
+        raise OptionError(f"batch_size {batch_size} cannot be shared by rank {rank} of {world} in equal parts")
     share = batch_size // world
     if source.size is None:
         assert isinstance(source, Stream)

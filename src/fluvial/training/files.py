@@ -128,9 +128,7 @@ def _reason(error: Exception) -> str:
 def _flat(image: Image.Image, mode: str) -> Image.Image:
     """The image in this mode, laid on white where it is transparent, 16 bits scaled to 8."""
     if image.mode.startswith("I"):
-        image = Image.fromarray(
-            (numpy.asarray(image).astype(numpy.float64) / 257).clip(0, 255).astype(numpy.uint8)
-        )
+        image = Image.fromarray((numpy.asarray(image).astype(numpy.float64) / 257).clip(0, 255).astype(numpy.uint8))
     if image.has_transparency_data:
         above = image.convert("RGBA")
         image = Image.new("RGBA", above.size, "white")
@@ -147,8 +145,7 @@ def folder(path: Path, image_size: int | tuple[int, int] | None) -> Images:
     files = sorted(
         file
         for file in path.rglob("*")
-        if file.suffix.lower() in SUFFIXES
-        and not any(p.startswith(".") for p in file.relative_to(path).parts)
+        if file.suffix.lower() in SUFFIXES and not any(p.startswith(".") for p in file.relative_to(path).parts)
     )
     if not files:
         raise DataError(f"no images in {path}; expected files ending in {' '.join(sorted(SUFFIXES))}")
@@ -159,14 +156,11 @@ def folder(path: Path, image_size: int | tuple[int, int] | None) -> Images:
     if len(classes) > 1:
         if loose:
             raise DataError(
-                f"{path} has {loose} images beside its {len(classes)} folders; "
-                "put all into class folders, or none"
+                f"{path} has {loose} images beside its {len(classes)} folders; put all into class folders, or none"
             )
         labels = [classes.index(parts[0]) for parts in inside]
     names = ["/".join(parts) for parts in inside]
-    return Images(
-        str(path), names, lambda i: files[i], labels, classes if labels is not None else None, image_size
-    )
+    return Images(str(path), names, lambda i: files[i], labels, classes if labels is not None else None, image_size)
 
 
 def array(path: Path) -> Tensors:
@@ -183,9 +177,7 @@ def array(path: Path) -> Tensors:
     """
     try:
         loaded = numpy.load(path, allow_pickle=False)
-        arrays = (
-            {"data": loaded} if isinstance(loaded, numpy.ndarray) else {key: loaded[key] for key in loaded}
-        )
+        arrays = {"data": loaded} if isinstance(loaded, numpy.ndarray) else {key: loaded[key] for key in loaded}
     except Exception as error:  # zip, header and pickle errors are all different
         raise DataError(f"{path} cannot be read as numpy's: {_reason(error)}") from error
     label_key = next((key for key in LABEL_KEYS if key in arrays), None)
@@ -193,8 +185,7 @@ def array(path: Path) -> Tensors:
     data_key = next((key for key in DATA_KEYS if key in arrays), others[0] if len(others) == 1 else None)
     if data_key is None:
         raise DataError(
-            f"{path} has {', '.join(arrays) or 'no arrays'}; "
-            f"expected the samples as one of {', '.join(DATA_KEYS)}"
+            f"{path} has {', '.join(arrays) or 'no arrays'}; expected the samples as one of {', '.join(DATA_KEYS)}"
         )
     data = arrays[data_key]
     if data.dtype.kind not in "fiub":

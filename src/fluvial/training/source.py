@@ -66,7 +66,7 @@ class Source(ABC):
 
     @abstractmethod
     def batch(self, indices: Tensor) -> Rows:
-        """The samples at `indices` (n,): "data" (n, *shape), float32 in the data's own units, and conditions."""
+        """The samples at `indices` (n,): "data" (n, *shape), float32 in its own units, and conditions."""
 
 
 class Tensors(Source):
@@ -120,9 +120,7 @@ class Stream(Source):
         super().__init__(name, None, seen, num_classes=getattr(chunks, "num_classes", None))
 
     def batch(self, indices: Tensor) -> Rows:
-        raise DataError(
-            f"{self.name} is a stream: it has no sample number {int(indices[0])}; read it with batches()"
-        )
+        raise DataError(f"{self.name} is a stream: it has no sample number {int(indices[0])}; read it with batches()")
 
     def rows(self, start: int) -> Iterator[Rows]:
         """Its chunks from row `start` of the endless repetition, the first cut to begin there."""
@@ -194,9 +192,7 @@ def channels_first(data: Tensor) -> Tensor:
 def checked(given: Mapping[str, Any], name: str, first_row: int = 0) -> Rows:
     """A dict of tensors fit for training, "data" first; `first_row` is its place in a stream, for messages."""
     if "data" not in given:
-        raise DataError(
-            f'{name} has {", ".join(map(str, given)) or "no tensors"}; the samples are expected as "data"'
-        )
+        raise DataError(f'{name} has {", ".join(map(str, given)) or "no tensors"}; the samples are expected as "data"')
     rows: Rows = {}
     for key in sorted(given, key=lambda key: key != "data"):
         values = given[key]
@@ -206,7 +202,7 @@ def checked(given: Mapping[str, Any], name: str, first_row: int = 0) -> Rows:
     data = rows["data"]
     if data.ndim < 2 or data.numel() == 0 or data.is_complex():
         raise DataError(
-            f"{name}: data is {tuple(data.shape)} of type {data.dtype}; expected real numbers (n, …), "
+            f"{name}: data is {tuple(data.shape)} of {data.dtype}; expected real numbers (n, …), "
             "one row a sample, such as (n, 2) or (n, C, H, W)"
         )
     if data.dtype == torch.uint8:
@@ -215,9 +211,7 @@ def checked(given: Mapping[str, Any], name: str, first_row: int = 0) -> Rows:
         rows["data"] = data.to(torch.float32)
     for key, values in rows.items():
         if values.ndim == 0 or len(values) != len(data):
-            raise DataError(
-                f"{name}: {key} has shape {tuple(values.shape)}, but there are {len(data)} samples"
-            )
+            raise DataError(f"{name}: {key} has shape {tuple(values.shape)}, but there are {len(data)} samples")
         _check_finite(values, f"{name}: {key}", first_row)
     if "label" in rows:
         rows["label"] = _labels(rows["label"], name, first_row)
@@ -227,9 +221,7 @@ def checked(given: Mapping[str, Any], name: str, first_row: int = 0) -> Rows:
 def _check_finite(values: Tensor, what: str, first_row: int) -> None:
     if not values.is_floating_point():
         return
-    bad = torch.cat(
-        [(~part.isfinite()).flatten(1).any(1) for part in values.reshape(len(values), -1).split(4096)]
-    )
+    bad = torch.cat([(~part.isfinite()).flatten(1).any(1) for part in values.reshape(len(values), -1).split(4096)])
     if bad.any():
         count, row = int(bad.sum()), first_row + int(bad.nonzero()[0])
         others = f", and in {count - 1} more of {len(values)} rows" if count > 1 else ""
@@ -238,9 +230,7 @@ def _check_finite(values: Tensor, what: str, first_row: int) -> None:
 
 def _labels(label: Tensor, name: str, first_row: int) -> Tensor:
     if label.ndim != 1:
-        raise DataError(
-            f"{name}: label has shape {tuple(label.shape)}; expected (n,), one class number per sample"
-        )
+        raise DataError(f"{name}: label has shape {tuple(label.shape)}; expected (n,), one class number per sample")
     whole = label.to(torch.int64)
     bad = (whole != label) | (whole < 0)
     if bad.any():
@@ -265,12 +255,16 @@ def measure(data: Tensor) -> Normalisation:
     Images (C, H, W) are mapped from [low, high] to [-1, 1]; those born as uint8 from their full scale, 0 … 1.
     Anything else is standardised per channel; a constant channel is only shifted.
     """
-    parts = [as_float(part).movedim(1, 0).flatten(1) for part in data.split(4096)]
     each = data.numel() / data.shape[1]
-    mean = sum(part.double().sum(1) for part in parts) / each  # (C,)
-    variance = sum((part.double() - mean[:, None]).square().sum(1) for part in parts) / each  # (C,)
-    lows, highs = (torch.stack(ends).double() for ends in zip(*(part.aminmax(dim=1) for part in parts)))
-    lows, highs = lows.amin(0), highs.amax(0)
+    total, lows, highs = torch.zeros(data.shape[1], dtype=torch.float64), [], []
+    for part in _by_channel(data):
+        total += part.sum(1)
+        lows.append(part.amin(1))
+        highs.append(part.amax(1))
+    mean, variance = total / each, torch.zeros_like(total)
+    for part in _by_channel(data):
+        variance += (part - mean[:, None]).square().sum(1) / each
+    lows, highs = torch.stack(lows).amin(0), torch.stack(highs).amax(0)
     low, high = float(lows.min()), float(highs.max())
     whole = float(mean.mean()), math.sqrt(float(variance.mean() + mean.var(unbiased=False)))
     if data.ndim == 4:
@@ -281,3 +275,9 @@ def measure(data: Tensor) -> Normalisation:
         shift = tuple(mean.tolist())
         scale = tuple(torch.where(highs > lows, variance.sqrt(), 1.0).tolist())
     return Normalisation(shift, scale, low, high, *whole)
+
+
+def _by_channel(data: Tensor) -> Iterator[Tensor]:
+    """Float64 (C, n) of a few thousand samples at a time: the whole would be eight times uint8's memory."""
+    for part in data.split(4096):
+        yield as_float(part).double().movedim(1, 0).flatten(1)

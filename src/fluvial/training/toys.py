@@ -27,9 +27,7 @@ def digits() -> Tensors:
 
     images, label = load_digits(return_X_y=True)
     data = torch.from_numpy(images).to(torch.float32).reshape(-1, 1, 8, 8)
-    return Tensors(
-        "digits", {"data": data, "label": torch.from_numpy(label)}, [str(digit) for digit in range(10)]
-    )
+    return Tensors("digits", {"data": data, "label": torch.from_numpy(label)}, [str(digit) for digit in range(10)])
 
 
 def _draws(toy: int) -> tuple[Tensor, Tensor]:
