@@ -193,7 +193,7 @@ def unet(
     num_classes: int | None = None,
     width: int = 32,
     multipliers: Sequence[int] | None = None,
-    layers: int | None = None,
+    layers: int = 1,
     attention: Sequence[bool] | None = None,
 ) -> UNet:
     """A U-Net for images, sized for them; its time is diffusers' 0 … 1000.
@@ -203,9 +203,9 @@ def unet(
         size: height and width in pixels, or one number for both; any size from 1.
         num_classes: how many classes; the network has one more, the null class. None: no labels.
         width: channels of the first level, a multiple of 8.
-        multipliers: of the width, one per level; each level halves the image. Default: as many levels, at
-            most four, as leave four pixels or more at the last: (1, 2) for 8x8, (1, 2, 4) for 16x16 and
-            28x28, (1, 2, 4, 4) from 32x32.
+        multipliers: of the width, one per level; each level halves the image. Default: as many levels, at most
+            four, as leave four pixels or more at the last: (1, 2) for 8x8, (1, 2, 2) for 16x16 and 28x28,
+            (1, 2, 2, 4) from 32x32.
         layers: residual blocks per level.
         attention: per level, whether its pixels attend to each other. Default: the last level only.
 
@@ -222,9 +222,7 @@ def unet(
         levels = 1
         while levels < 4 and max(sides) >= 4 * 2**levels:
             levels += 1
-        multipliers = (1, 2, 4, 4)[:levels]
-    if layers is None:
-        layers = 1
+        multipliers = (1, 2, 2, 4)[:levels]
     if attention is None:
         attention = [False] * (len(multipliers) - 1) + [True]
     if len(attention) != len(multipliers):

@@ -17,7 +17,7 @@ https://doi.org/10.1145/2063384.2063405
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,20 +29,20 @@ _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
 
+_PIECE = 1 << 14
+
 
 def philox(counter: Sequence[Tensor | int], key: tuple[int, int], rounds: int = 10) -> tuple[Tensor, ...]:
     """Philox 4x32: four words of 32 random bits (as int64 tensors) for a counter of four words and a key of two."""
-    c0, c1, c2, c3 = (torch.as_tensor(word, dtype=torch.int64) for word in counter)
+    words = torch.broadcast_tensors(*(torch.as_tensor(word, dtype=torch.int64) for word in counter))
+    c0, c1, c2, c3 = (word.clone() for word in words)
     k0, k1 = key
     for _ in range(rounds):
         # The product of two 32-bit words wraps in int64 but keeps its 64 bits: shift and mask give both halves.
-        p0, p1 = c0 * _MULTIPLIER[0], c2 * _MULTIPLIER[1]
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _LOW) ^ c1 ^ k0,
-            p1 & _LOW,
-            ((p0 >> 32) & _LOW) ^ c3 ^ k1,
-            p0 & _LOW,
-        )
+        p0, p1 = c0.mul_(_MULTIPLIER[0]), c2.mul_(_MULTIPLIER[1])
+        high0, high1 = (p0 >> 32).bitwise_and_(_LOW), (p1 >> 32).bitwise_and_(_LOW)
+        c0, c2 = high1.bitwise_xor_(c1).bitwise_xor_(k0), high0.bitwise_xor_(c3).bitwise_xor_(k1)
+        c1, c3 = p1.bitwise_and_(_LOW), p0.bitwise_and_(_LOW)
         k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
     return c0, c1, c2, c3
 
@@ -52,15 +52,18 @@ def fresh_seed() -> int:
     return int(torch.randint(1 << 48, ()))
 
 
-def _bits(count: int, samples: Tensor, seed: int, draw: int, stream: int) -> tuple[Tensor, ...]:
-    """Four words (len(samples), count) of random bits for these samples."""
+def _bits(samples: Tensor, count: int, seed: int, draw: int, stream: int) -> Iterator[tuple[Tensor, ...]]:
+    """Four words of random bits for `count` elements of each sample, flat, in pieces that fit the processor's cache."""
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed is {seed}; expected an integer from 0 to 2**64 - 1")
-    element = torch.arange(count, device=samples.device)
-    # Samples may number past 2**32: the high half goes into the stream's word, where 24 bits are free.
-    high = (samples[:, None] >> 32) << 8
-    counter = (element[None, :], samples[:, None] & _LOW, draw, high | stream)
-    return philox(counter, (seed & _LOW, seed >> 32))
+    total = len(samples) * count
+    piece = _PIECE if samples.device.type == "cpu" else max(total, 1)
+    for start in range(0, total, piece):
+        place = torch.arange(start, min(start + piece, total), device=samples.device)
+        sample = samples[place // count]
+        # Samples may number past 2**32: the high half goes into the stream's word, where 24 bits are free.
+        counter = (place % count, sample & _LOW, draw, (sample >> 32 << 8) | stream)
+        yield philox(counter, (seed & _LOW, seed >> 32))
 
 
 def _indices(samples: int | Tensor | range, device: torch.device | str) -> Tensor:
@@ -74,7 +77,14 @@ def _indices(samples: int | Tensor | range, device: torch.device | str) -> Tenso
 def _unit(word: Tensor) -> Tensor:
     """32 bits -> the open interval (0, 1), never 0 nor 1."""
     exact = torch.float32 if word.device.type == "mps" else torch.float64
-    return (word.to(exact) + 0.5) * 2.0**-32
+    return word.to(exact).add_(0.5).mul_(2.0**-32)
+
+
+def _shaped(pieces: list[Tensor], n: int, shape: Sequence[int]) -> Tensor:
+    """The elements of all pieces, four to a counter, as (n, *shape)."""
+    size = math.prod(shape)
+    flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return flat.reshape(n, (size + 3) // 4 * 4)[:, :size].reshape(n, *shape)
 
 
 def normal(
@@ -97,14 +107,17 @@ def normal(
         dtype: float32 noise is the float64 noise, rounded.
     """
     indices = _indices(samples, device)
-    size = math.prod(shape)
-    w0, w1, w2, w3 = _bits((size + 3) // 4, indices, seed, draw, stream)
-    parts = []
-    for first, second in ((w0, w1), (w2, w3)):
-        radius = _unit(first).log_().mul_(-2.0).sqrt_()
-        angle = _unit(second).mul_(2.0 * math.pi)
-        parts += [(radius * angle.cos()).to(dtype), (radius * angle.sin()).to(dtype)]
-    return torch.stack(parts, dim=-1).flatten(1)[:, :size].reshape(len(indices), *shape)
+    pieces = [torch.empty(0, dtype=dtype, device=indices.device)]
+    for w0, w1, w2, w3 in _bits(indices, (math.prod(shape) + 3) // 4, seed, draw, stream):
+        four = torch.empty(len(w0), 4, dtype=dtype, device=indices.device)
+        for column, (first, second) in enumerate(((w0, w1), (w2, w3))):
+            # Box, Muller: A note on the generation of random normal deviates (1958).
+            radius = _unit(first).log_().mul_(-2.0).sqrt_()
+            angle = _unit(second).mul_(2.0 * math.pi)
+            four[:, 2 * column] = angle.cos().mul_(radius)
+            four[:, 2 * column + 1] = angle.sin_().mul_(radius)
+        pieces.append(four.flatten())
+    return _shaped(pieces[1:] or pieces, len(indices), shape)
 
 
 def uniform(
@@ -121,14 +134,15 @@ def uniform(
     In float32 the largest values are rounded down to the largest number below 1.
     """
     indices = _indices(samples, device)
-    size = math.prod(shape)
-    words = _bits((size + 3) // 4, indices, seed, draw, stream)
-    numbers = torch.stack([_unit(word) for word in words], dim=-1).flatten(1)[:, :size]
     below_one = 1.0 - torch.finfo(dtype).eps / 2
-    return numbers.to(dtype).clamp_(max=below_one).reshape(len(indices), *shape)
+    pieces = [torch.empty(0, dtype=dtype, device=indices.device)]
+    for words in _bits(indices, (math.prod(shape) + 3) // 4, seed, draw, stream):
+        numbers = torch.stack([_unit(word) for word in words], dim=-1)
+        pieces.append(numbers.to(dtype).clamp_(max=below_one).flatten())
+    return _shaped(pieces[1:] or pieces, len(indices), shape)
 
 
 def permutation(n: int, seed: int, draw: int = 0, stream: int = ORDER) -> Tensor:
     """A random order of 0 … n-1, an int64 tensor on the CPU: a function of (n, seed, draw) alone."""
-    word0, word1, *_ = _bits(1, torch.arange(n), seed, draw, stream)
-    return torch.argsort((word0[:, 0] << 31) ^ word1[:, 0], stable=True)
+    keys = [(word0 << 31) ^ word1 for word0, word1, *_ in _bits(torch.arange(n), 1, seed, draw, stream)]
+    return torch.argsort(torch.cat(keys), stable=True)

@@ -112,7 +112,7 @@ def read_info(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _columns(count: int, width: int, height: int) -> int:
     """A grid about as wide as it is high, of full rows where the count allows it."""
     ideal = max(1.0, math.sqrt(count * height / width))
-    near = range(max(1, math.floor(ideal * 0.75)), min(count, math.ceil(ideal * 1.6)) + 1)
+    near = range(min(count, math.ceil(ideal * 1.6)), max(1, math.ceil(ideal * 0.7)) - 1, -1)
     # Ten classes and the like read best in full rows; otherwise as square as can be.
     return min(near, key=lambda n: (count % n != 0, abs(math.log(n / ideal))), default=1)
 

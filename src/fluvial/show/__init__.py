@@ -1,0 +1,1 @@
+"""What a person looks at: plots, and pages that open offline."""
