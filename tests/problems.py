@@ -101,7 +101,7 @@ def state(problem: GaussianMixture, path: Path, t: float | Tensor, n: int = 16, 
     std = column(problem.stds[label], problem.means.ndim)
     data = problem.means[label] + std * normal(n, *problem.shape, seed=seed + 1)
     c = path(t)
-    alpha, sigma = (column(torch.as_tensor(v), data.ndim) for v in c[:2])
+    alpha, sigma = (column(torch.as_tensor(v, dtype=torch.float64), data.ndim) for v in c[:2])
     return alpha * data + sigma * normal(n, *problem.shape, seed=seed + 2)
 
 
@@ -122,10 +122,10 @@ def pair(problem: GaussianMixture, x: Tensor, alpha: float, sigma: float) -> tup
     return data.reshape(x.shape), noise.reshape(x.shape)
 
 
-def log_density(problem: GaussianMixture, x: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
+def log_density(problem: GaussianMixture, x: Tensor, alpha: float, sigma: float) -> Tensor:
     """log p(x) of x = alpha data + sigma noise, (B,), by torch's own distributions."""
-    means = torch.as_tensor(alpha) * problem.means.flatten(1)
-    std = (torch.as_tensor(alpha) ** 2 * problem.stds.square() + torch.as_tensor(sigma) ** 2).sqrt()
+    means = alpha * problem.means.flatten(1)
+    std = (alpha**2 * problem.stds.square() + sigma**2).sqrt()
     parts = torch.distributions.Independent(torch.distributions.Normal(means, std[:, None].expand_as(means)), 1)
     mix = torch.distributions.Categorical(problem.weights)
     return torch.distributions.MixtureSameFamily(mix, parts).log_prob(x.flatten(1))

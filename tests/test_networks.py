@@ -73,8 +73,9 @@ def test_time_keeps_the_precision_it_came_with(shape):
     network = stir(networks.for_data(shape, width=16)).double()
     x, t = torch.randn(2, *shape, dtype=torch.float64), torch.tensor([0.2, 0.7], dtype=torch.float64)
     t = t * 1000 if len(shape) == 3 else t
-    near, same = network(x, t * (1 + 1e-11)), network(x, t)
-    assert 0 < float((near - same).abs().max()) < 1e-8
+    with torch.no_grad():
+        apart = network(x, t * (1 + 1e-11)) - network(x, t)
+    assert 0 < float(apart.abs().max()) < 1e-8
 
 
 def test_padding_does_not_touch_sizes_that_fit():
@@ -114,5 +115,5 @@ def test_defaults_have_the_size_their_data_wants():
     ],
 )
 def test_what_cannot_be_built_is_refused(make):
-    with pytest.raises(OptionError, match="expected|not a config"):
+    with pytest.raises(OptionError, match=r"expected|not a config"):
         make()

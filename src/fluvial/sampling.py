@@ -77,6 +77,12 @@ def plan(model: Model, solver: Solver, times: Sequence[float]) -> list[Step]:
     return _Planner(model, solver, times).steps()
 
 
+def nfe(model: Model, solver: str | Solver, steps: int | None = None, times: Any = None) -> int:
+    """Network evaluations per sample that `sample` would make with these arguments."""
+    nodes = grids.resolve(times, model.path, steps, DEFAULT_STEPS)
+    return sum(len(step.stages) for step in plan(model, solvers.named(solver), nodes))
+
+
 class _Planner:
     """Traces the steps, asking the model for the queries of all times at once: first the grid's, then any between."""
 

@@ -131,7 +131,7 @@ class At:
     x: Row = field(default_factory=lambda: Row({STATE: 1.0}))
     stages: list[Stage] = field(default_factory=list)
     noises: list[int] = field(default_factory=list)
-    data: Row | None = None
+    first: Asked | None = None
     _next_slot: int = STATE + 1
 
     def ask(self, x: Row, t: float) -> Asked:
@@ -139,8 +139,8 @@ class At:
         query = self.query_at(t)
         asked = Asked(query, x, Row({self._slot(): 1.0}))
         self.stages.append(Stage(x.fixed(), query, self._next_slot - 1))
-        if self.data is None:
-            self.data = asked.data
+        if self.first is None:
+            self.first = asked
         return asked
 
     def randn(self) -> Row:
@@ -154,22 +154,30 @@ class At:
 
 
 class Step(NamedTuple):
-    """A traced step: its calls in order, the slots to fill with noise, the next state, and the data estimate."""
+    """A traced step: its calls in order, the slots to fill with noise, and the next state."""
 
     t: float
     s: float
     stages: tuple[Stage, ...]
     noises: tuple[int, ...]
     next: Recipe
-    data: Recipe
     slots: int
+    first: Asked
+
+    def data(self, slots: list[Any]) -> Tensor:
+        """The data estimate of the step's first call."""
+        return self.first.data.fixed()(slots)
 
 
 def trace(step: Callable[[At], Row], at: At) -> Step:
     """The rows of one step: runs `step` on symbols."""
     result = step(at).fixed()
-    # A noise whose coefficient came out as zero is not drawn.
-    used = {slot for slot, _ in result.terms}.union(*({s for s, _ in stage.state.terms} for stage in at.stages))
-    noises = tuple(slot for slot in at.noises if slot in used)
-    data = (at.data if at.data is not None else at.x).fixed()
-    return Step(at.t, at.s, tuple(at.stages), noises, result, data, at._next_slot)
+    noises: tuple[int, ...] = ()
+    if at.noises:
+        # A noise whose coefficient came out as zero is not drawn.
+        recipes = [result, *(stage.state for stage in at.stages)]
+        used = {slot for recipe in recipes for slot, _ in recipe.terms}
+        noises = tuple(slot for slot in at.noises if slot in used)
+    if at.first is None:
+        raise ValueError(f"the step from {at.t} to {at.s} asks the network nothing; expected at least one call")
+    return Step(at.t, at.s, tuple(at.stages), noises, result, at._next_slot, at.first)

@@ -1,1 +1,1 @@
-""""""
+"""Training a model on data."""

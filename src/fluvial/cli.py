@@ -1,0 +1,215 @@
+"""The command line: parses, calls the library, prints. Errors are one line and exit code 2; --debug shows the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import fluvial
+from fluvial import guidance, model, paths, predictions, sampling, sheets, solvers, training
+from fluvial.errors import FluvialError, OptionError
+
+app = typer.Typer(
+    help="Fluvial: load, convert, sample, train and measure any diffusion or flow model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+console = Console()
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """Options of every command."""
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("quickstart"),
+    steps: Annotated[int | None, typer.Option(help="Training steps (default 1800).")] = None,
+) -> None:
+    """Train on real handwritten digits and report on flow and diffusion, in about five minutes. No download."""
+    from fluvial.show import quickstart as job
+
+    _require_steps(steps)
+    report = job.run(out, console.print, job.STEPS if steps is None else steps)
+    console.print(f"Open [bold]{report}[/bold] in a browser.", soft_wrap=True)
+
+
+@app.command()
+def train(
+    data: Annotated[str, typer.Argument(help="digits, moons, a folder of images, file.npz, hf:name, …")],
+    out: Annotated[Path, typer.Option(help="The run folder; an existing one is resumed.")],
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 2000,
+    batch_size: Annotated[int, typer.Option(help="Samples per step, over all processes.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    path: Annotated[str, typer.Option(help="rectified, cosine, vp, subvp, ve, edm.")] = "rectified",
+    prediction: Annotated[str, typer.Option(help="velocity, data, noise, v, score, edm.")] = "velocity",
+    times: Annotated[
+        str, typer.Option(help="Training times: uniform, logit_normal, u_shaped, log_normal.")
+    ] = "uniform",
+    weight: Annotated[str, typer.Option(help="uniform, noise, min_snr, truncated_snr, edm, sigmoid.")] = "uniform",
+    coupling: Annotated[str, typer.Option(help="independent or ot.")] = "independent",
+    drop_cond: Annotated[float, typer.Option(help="Share of conditions hidden in training, for guidance.")] = 0.1,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16.")] = "auto",
+    image_size: Annotated[int | None, typer.Option(help="Resize and crop images to this.")] = None,
+) -> None:
+    """Train a model, or go on with an interrupted run: the same command resumes exactly."""
+    from fluvial.objectives import Objective
+    from fluvial.show.run_report import write
+
+    source = training.open_source(data, image_size=image_size)
+    net = training.model_for(source, path=path, prediction=prediction)
+    objective = Objective(target=net.prediction, times=times, weight=weight, coupling=coupling)
+    options: dict[str, Any] = {} if lr is None else {"lr": lr}
+    run = training.train(
+        net,
+        source,
+        objective,
+        steps=steps,
+        batch_size=batch_size,
+        out=out,
+        seed=seed,
+        drop_cond=drop_cond,
+        precision=precision,
+        **options,
+    )
+    if training.is_main_process():
+        for name, reason in source.skipped:
+            console.print(f"skipped {name}: {reason}", soft_wrap=True)
+        console.print(f"{run.folder}: {steps} steps done. Report: {write(out)}", soft_wrap=True)
+
+
+@app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    n: Annotated[int, typer.Option("-n", help="How many samples.")] = 64,
+    solver: Annotated[str, typer.Option(help=", ".join(solvers.names()))] = sampling.DEFAULT_SOLVER,
+    steps: Annotated[int, typer.Option(help="Solver steps.")] = sampling.DEFAULT_STEPS,
+    grid: Annotated[str, typer.Option(help="uniform, karras, log_snr, shifted, cosine.")] = "uniform",
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    label: Annotated[int | None, typer.Option(help="The class; default: all of them in turn.")] = None,
+    scale: Annotated[float | None, typer.Option("--guidance", help="Guidance scale; 1 is none.")] = None,
+    gamma: Annotated[float | None, typer.Option(help="Rate of the langevin solver.")] = None,
+    eta: Annotated[float | None, typer.Option(help="Noise of the ddim solver, 0 to 1.")] = None,
+    kappa: Annotated[float | None, typer.Option(help="Rate of the euler_maruyama solver.")] = None,
+    path: Annotated[str | None, typer.Option(help="Sample in another notation.")] = None,
+    weights: Annotated[str, typer.Option(help="ema or raw.")] = "ema",
+    out: Annotated[Path, typer.Option(help="The sheet to write.")] = Path("samples.png"),
+    npz: Annotated[Path | None, typer.Option(help="Also write the numbers here.")] = None,
+) -> None:
+    """Sample a run: a PNG sheet, and the numbers on request. Every file says how it was made."""
+    if n < 1:
+        raise OptionError(f"-n is {n}; expected 1 or more samples")
+    given = {"gamma": gamma, "eta": eta, "kappa": kappa}
+    chosen = solvers.named(solver, **{name: value for name, value in given.items() if value is not None})
+    loaded = training.load(run, weights=weights)
+    if path is not None:
+        loaded = model.convert(loaded, path=path)
+    cond = _labels(loaded, n, label)
+    if scale is not None and scale != 1.0 and not cond:
+        raise OptionError("--guidance needs a class-conditional model; this one has no classes")
+    guide = None if scale is None else guidance.CFG(scale)
+    x = sampling.sample(
+        loaded, n, solver=chosen, steps=steps, times=grid, seed=seed, cond=cond, guidance=guide, progress=True
+    )
+    info = {
+        "fluvial": fluvial.__version__,
+        "run": str(run),
+        "model": training.model_hash(run),
+        "weights": weights,
+        "path": loaded.path.config(),
+        "solver": repr(chosen),
+        "grid": grid,
+        "steps": steps,
+        "nfe": sampling.nfe(loaded, chosen, steps, grid),
+        "seed": seed,
+        "label": label,
+        "guidance": scale,
+    }
+    columns = 10 if cond and label is None and n % 10 == 0 else None
+    sheets.save(sheets.sheet(x, columns=columns, normalisation=loaded.normalisation), out, info)
+    console.print(f"{n} samples, {info['nfe']} NFE each: {out}", soft_wrap=True)
+    if npz is not None:
+        _save_npz(npz, x, cond, info)
+        console.print(f"and their numbers: {npz}", soft_wrap=True)
+
+
+@app.command()
+def convert(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    path: Annotated[str | None, typer.Option(help="rectified, cosine, vp, subvp, ve, edm.")] = None,
+    prediction: Annotated[str | None, typer.Option(help="velocity, data, noise, v, score, edm.")] = None,
+) -> None:
+    """Write a run in another notation, around the same weights, without training."""
+    if path is None and prediction is None:
+        raise OptionError("nothing to convert to; expected --path or --prediction (or both)")
+    if out.resolve() == run.resolve():
+        raise OptionError(f"--out is the run itself ({out}); expected another folder")
+    paths.named(path or "rectified"), predictions.named(prediction or "velocity")
+    converted = training.convert_run(run, out, path, prediction)
+    console.print(f"{out}: {converted.path}, predicting {converted.prediction.name}", soft_wrap=True)
+
+
+@app.command()
+def info(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Say what is in a run folder: the convention in words, the network, the training."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in training.describe(run).items():
+        table.add_row(f"[bold]{name}[/bold]", str(value))
+    console.print(table)
+
+
+def _labels(loaded: model.Model, n: int, label: int | None) -> dict[str, torch.Tensor]:
+    classes = (loaded.null or {}).get("label")
+    if classes is None:
+        if label is not None:
+            raise OptionError(f"--label is {label}, but this model has no classes")
+        return {}
+    if label is not None and not 0 <= label < classes:
+        raise OptionError(f"--label is {label}; expected 0 to {classes - 1}")
+    return {"label": torch.arange(n) % classes if label is None else torch.full((n,), label)}
+
+
+def _save_npz(path: Path, x: torch.Tensor, cond: dict[str, torch.Tensor], info: dict[str, Any]) -> None:
+    import numpy
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.npz")
+    arrays = {name: value.numpy() for name, value in cond.items()}
+    numpy.savez_compressed(temporary, samples=x.cpu().numpy(), info=numpy.array(json.dumps(info)), **arrays)
+    os.replace(temporary, path)
+
+
+def _require_steps(steps: int | None) -> None:
+    if steps is not None and steps < 1:
+        raise OptionError(f"--steps is {steps}; expected 1 or more")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line; deliberate errors are one line on standard error and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        app(arguments)
+    except FluvialError as error:
+        if debug:
+            raise
+        Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; the same command goes on from the last checkpoint")
+        sys.exit(130)

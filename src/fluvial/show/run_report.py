@@ -1,0 +1,47 @@
+"""A run's own page: what was trained, under which convention, how the loss went, and what it draws."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from pathlib import Path
+
+from PIL import Image
+
+import fluvial
+from fluvial import training
+from fluvial.show import page, plots
+
+
+def write(folder: str | os.PathLike[str]) -> Path:
+    """`report.html` in a run folder, from its `config.json`, `metrics.jsonl` and sheets.
+
+    Raises:
+        RunError: for a folder that is not a run.
+    """
+    folder = Path(folder)
+    described = training.describe(folder)
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    parts = [
+        page.paragraph("What this run is, how its training went, and what its averaged weights draw.", "lead"),
+        page.table(["", ""], described.items()),
+    ]
+    if metrics:
+        parts += [
+            page.heading("Loss"),
+            page.figure(page.svg(plots.loss(metrics), "training loss by step")),
+            page.figure(
+                page.svg(plots.loss_by_log_snr(metrics), "loss by log-SNR"), "Mean of the last fifth of the records."
+            ),
+        ]
+    pictures = sorted((folder / "sheets").glob("*.png"))
+    if pictures:
+        parts.append(page.heading("Samples along the way"))
+        # The first, some between, and the last.
+        chosen = sorted({round(k * (len(pictures) - 1) / 5) for k in range(6)})
+        for picture in (pictures[k] for k in chosen):
+            with Image.open(picture) as image:
+                parts.append(page.figure(page.image(image, picture.stem), html.escape(picture.stem)))
+    made = f"Made by Fluvial {fluvial.__version__}; model {training.model_hash(folder)}."
+    return page.write(folder / "report.html", f"Run {folder.name}", parts, made)
