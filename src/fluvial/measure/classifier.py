@@ -65,9 +65,7 @@ class Classifier:
     def _batched(self, x: Tensor, finish: Callable[[Tensor], Tensor]) -> Tensor:
         if tuple(x.shape[1:]) != self.shape or len(x) == 0:
             expected = ", ".join(["N", *map(str, self.shape)])
-            raise ShapeError(
-                f"samples have shape {tuple(x.shape)}; the classifier was trained on ({expected})"
-            )
+            raise ShapeError(f"samples have shape {tuple(x.shape)}; the classifier was trained on ({expected})")
         # Without this a diverged sample would silently count as class 0.
         require_finite(x, "samples")
         parts = [part.to(self.mean.device, torch.float32) for part in x.split(_PREDICT_BATCH)]
@@ -85,9 +83,7 @@ def share_recognised(classifier: Classifier, samples: Tensor, labels: Tensor) ->
         OptionError: NaN or infinity.
     """
     if labels.shape != samples.shape[:1]:
-        raise ShapeError(
-            f"labels have shape {tuple(labels.shape)}; expected ({len(samples)},), one per sample"
-        )
+        raise ShapeError(f"labels have shape {tuple(labels.shape)}; expected ({len(samples)},), one per sample")
     return float((classifier.predict(samples) == labels.to(samples.device)).double().mean())
 
 
@@ -205,9 +201,7 @@ def _fit(network: nn.Module, data: Tensor, target: Tensor, epochs: int, seed: in
     """Trains the network in place by cross-entropy, and freezes it."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=_LEARNING_RATE)
     steps = epochs * math.ceil(len(data) / _TRAIN_BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, _LEARNING_RATE, total_steps=steps, pct_start=0.2
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps, pct_start=0.2)
     for epoch in range(epochs):
         # Draw 0 was the split; the order and the shifts of an epoch take one draw each.
         order = random.permutation(len(data), seed, draw=2 * epoch + 1, stream=CLASSIFY)

@@ -64,9 +64,7 @@ def within_class_spread(
     spread, counts = _by_class(rows(x, "x"), labels, "labels")
     weight = {label: counts[label] - 1 for label in counts if counts[label] > 1}
     if not weight:
-        raise ShapeError(
-            f"x has one sample in each of {len(counts)} classes; a spread needs two in some class"
-        )
+        raise ShapeError(f"x has one sample in each of {len(counts)} classes; a spread needs two in some class")
     freedom = sum(weight.values())
     overall = sum(weight[c] * spread[c] for c in weight) / freedom
     if reference is None or reference_labels is None:
@@ -80,9 +78,7 @@ def within_class_spread(
             found = real_counts.get(label, 0)
             raise ShapeError(f"reference has {found} samples of class {label}; expected 2 or more, as x has")
     expected = sum(weight[c] * real[c] for c in weight) / freedom
-    return Spread(
-        overall, spread, _ratio(overall, expected), {c: _ratio(spread[c], real[c]) for c in weight}, counts
-    )
+    return Spread(overall, spread, _ratio(overall, expected), {c: _ratio(spread[c], real[c]) for c in weight}, counts)
 
 
 def within_mode_spread(x: Tensor, means: Tensor, reference: Tensor | None = None) -> Spread:
@@ -118,9 +114,7 @@ def _nearest(x: Tensor, means: Tensor, name: str) -> Tensor:
 def _by_class(x: Tensor, labels: Tensor, name: str) -> tuple[dict[int, float], dict[int, int]]:
     """Spread and count of each class of x (N, D)."""
     if labels.shape != x.shape[:1]:
-        raise ShapeError(
-            f"{name} has shape {tuple(labels.shape)}; expected ({len(x)},), one label per sample"
-        )
+        raise ShapeError(f"{name} has shape {tuple(labels.shape)}; expected ({len(x)},), one label per sample")
     if labels.is_floating_point() or labels.is_complex():
         raise OptionError(f"{name} is {labels.dtype}; expected integers")
     labels = labels.cpu()

@@ -25,9 +25,7 @@ _CHUNK_BYTES = 64 * 2**20
 def rows(x: Tensor, name: str, least: int = 1) -> Tensor:
     """x as a finite float64 matrix (N, D) on the CPU, with N at least `least`; errors call it by its name."""
     if x.ndim == 0 or len(x) < least:
-        raise ShapeError(
-            f"{name} has shape {tuple(x.shape)}; expected {least} or more samples along the first axis"
-        )
+        raise ShapeError(f"{name} has shape {tuple(x.shape)}; expected {least} or more samples along the first axis")
     # CPU before float64, which not every device has.
     matrix = x.detach().cpu().double().flatten(1) if x.ndim > 1 else x.detach().cpu().double()[:, None]
     if matrix.shape[1] == 0:
@@ -48,9 +46,7 @@ def _pair(a: Tensor, b: Tensor, names: tuple[str, str], least: int = 1) -> tuple
     first, second = rows(a, names[0], least), rows(b, names[1], least)
     if first.shape[1] != second.shape[1]:
         widths = f"{first.shape[1]} and {second.shape[1]}"
-        raise ShapeError(
-            f"{names[0]} and {names[1]} have {widths} numbers per sample; expected the same width"
-        )
+        raise ShapeError(f"{names[0]} and {names[1]} have {widths} numbers per sample; expected the same width")
     return first, second
 
 

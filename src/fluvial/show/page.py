@@ -59,7 +59,7 @@ def subheading(text: str) -> str:
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """A paragraph; the text may hold inline HTML (code, em), so numbers and names from files must be escaped before."""
+    """A paragraph; the text may hold inline HTML (code, em), so names from files must be escaped before."""
     return f'<p class="{kind}">{text}</p>' if kind else f"<p>{text}</p>"
 
 

@@ -82,7 +82,7 @@ def loss_by_log_snr(metrics: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def quality(rows: Sequence[Mapping[str, Any]], floor: float) -> Any:
-    """Frechet distance and recognised share against NFE, a line per sampler. rows: sampler, nfe, frechet, recognised."""
+    """Frechet distance and recognised share by NFE, a line per sampler. rows: sampler, nfe, frechet, recognised."""
     figure, (left, right) = _axes(width=9.6, columns=2)
     colours = dict(zip(dict.fromkeys(r["sampler"] for r in rows), (GREY, BLUE, ORANGE, GREEN, RED)))
     for sampler, colour in colours.items():

@@ -12,7 +12,7 @@ import fluvial
 from fluvial import sheets
 from fluvial.show import page, plots
 
-RANGE = {"low": 0.0, "high": 16.0}  # of scikit-learn's digits
+LOW, HIGH = 0.0, 16.0  # of scikit-learn's digits
 
 
 def write(
@@ -40,16 +40,16 @@ def write(
 
 def _save_sheets(folder: Path, samples: Mapping[str, Any], info: dict[str, Any], results: Mapping[str, Any]) -> None:
     nfe = results["headline"]["nfe"]
-    picture = sheets.sheet(samples["headline"], columns=10, **RANGE)
+    picture = sheets.sheet(samples["headline"], columns=10, low=LOW, high=HIGH)
     sheets.save(picture, folder / "samples.png", {**info, "solver": "ddim", "nfe": nfe})
     for gamma, x in samples["gamma"].items():
-        picture = sheets.sheet(x, columns=10, **RANGE)
+        picture = sheets.sheet(x, columns=10, low=LOW, high=HIGH)
         told = {**info, "solver": "langevin", "gamma": float(gamma), "nfe": results["gamma"][0]["nfe"]}
         sheets.save(picture, folder / f"gamma-{gamma}.png", told)
 
 
 def _sheet(x: Tensor, alt: str, columns: int = 10, scale: int = 6) -> str:
-    return page.image(sheets.sheet(x, columns=columns, scale=scale, **RANGE), alt)
+    return page.image(sheets.sheet(x, columns=columns, scale=scale, low=LOW, high=HIGH), alt)
 
 
 def _opening(results: Mapping[str, Any], x: Tensor) -> list[str]:
@@ -66,7 +66,7 @@ def _opening(results: Mapping[str, Any], x: Tensor) -> list[str]:
                 (f"{results['classifier_accuracy']:.1%}", "of held-out real digits are read right by the same reader"),
                 (
                     f"{head['frechet']:.2f}",
-                    f"squared Fréchet distance; real against real {results['floor']['mean']:.2f}",
+                    f"squared Fréchet distance; real to real {results['floor']['mean']:.2f}",
                 ),
                 (f"{results['training_seconds']:.0f} s", f"of training, {results['parameters']:,} parameters"),
             ]
@@ -108,10 +108,10 @@ def _notations(results: Mapping[str, Any], samples: Mapping[str, Tensor]) -> lis
     return [
         page.heading("The same network in three notations"),
         page.paragraph(
-            "A rectified flow, a variance-preserving diffusion and EDM's variance-exploding one differ by how time runs "
-            "and how the state is scaled, not by what the network knows. <code>fl.convert</code> translates exactly: it "
-            "matches the log-SNR, rescales the state and keeps the estimated pair (data, noise). No training is "
-            "involved. Each notation starts from the same state."
+            "A rectified flow, a variance-preserving diffusion and EDM's variance-exploding one differ by how time "
+            "runs and how the state is scaled, not by what the network knows. <code>fl.convert</code> translates "
+            "exactly: it matches the log-SNR, rescales the state and keeps the estimated pair (data, noise). No "
+            "training is involved. Each notation starts from the same state."
         ),
         page.row(shown),
         page.table(["solver", "path", "largest pixel difference to rectified, of 16"], rows),
