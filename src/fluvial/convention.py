@@ -120,7 +120,9 @@ class Convention:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Convention:
         """The convention that `config` described."""
-        normalisation = {k: tuple(v) if isinstance(v, list) else v for k, v in config["normalisation"].items()}
+        normalisation: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in config["normalisation"].items()
+        }
         return cls(
             path=paths.from_config(config["path"]),
             prediction=predictions.from_config(config["prediction"]),

@@ -75,10 +75,10 @@ _NAMED: dict[str, type] = {"independent": Independent, "ot": MinibatchOT, "pairs
 
 def named(coupling: Any) -> Coupling:
     """A coupling by name ("independent", "ot", "pairs"); an object as it is."""
-    if callable(coupling):
-        if not isinstance(getattr(coupling, "independent", None), bool):
-            raise OptionError(f"coupling {coupling!r} does not say whether it is `independent`; expected True or False")
-        return coupling
-    if coupling not in _NAMED:
-        raise one_of("coupling", coupling, _NAMED)
-    return _NAMED[coupling]()
+    if isinstance(coupling, str):
+        if coupling not in _NAMED:
+            raise one_of("coupling", coupling, _NAMED)
+        return _NAMED[coupling]()
+    if not callable(coupling) or not isinstance(getattr(coupling, "independent", None), bool):
+        raise OptionError(f"coupling {coupling!r} cannot be used; expected a callable with `independent` True or False")
+    return coupling  # type: ignore[return-value]

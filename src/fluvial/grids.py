@@ -236,6 +236,6 @@ def density(times: Any) -> Density:
         return times
     if times is None:
         return Uniform()
-    if times not in _DENSITIES:
+    if not isinstance(times, str) or times not in _DENSITIES:
         raise one_of("density of training times", times, _DENSITIES)
     return _DENSITIES[times]()

@@ -109,9 +109,9 @@ class Affine(Path):
         values, slopes = [], []
         for function in (self.alpha, self.sigma):
             # A constant may come back as a plain number: adding 0 t makes it a tensor that depends on t.
-            value, slope = torch.func.jvp(lambda s, f=function: f(s) + 0.0 * s, (t,), (torch.ones_like(t),))
-            values.append(value)
-            slopes.append(slope)
+            pair: Any = torch.func.jvp(lambda s, f=function: f(s) + 0.0 * s, (t,), (torch.ones_like(t),))
+            values.append(pair[0])
+            slopes.append(pair[1])
         return Coefficients(*values, *slopes)
 
     def config(self) -> dict[str, Any]:
