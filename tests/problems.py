@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fluvial import paths
 from fluvial.exact import GaussianMixture
 from fluvial.paths import Coefficients, Path
-from fluvial.predictions import EDM, V, Data, Noise, Prediction, Score, Velocity
+from fluvial.predictions import EDM, Data, Noise, Prediction, Score, V, Velocity
 
 
 def ddpm_table(n: int = 1000) -> Tensor:

@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-import fluvial
-from fluvial import guidance, model, paths, predictions, sampling, sheets, solvers, training
+from fluvial import __version__, guidance, model, paths, predictions, sampling, sheets, solvers, training
 from fluvial.errors import FluvialError, OptionError
 
 app = typer.Typer(
@@ -125,7 +124,7 @@ def sample(
         loaded, n, solver=chosen, steps=steps, times=grid, seed=seed, cond=cond, guidance=guide, progress=True
     )
     info = {
-        "fluvial": fluvial.__version__,
+        "fluvial": __version__,
         "run": str(run),
         "model": training.model_hash(run),
         "weights": weights,

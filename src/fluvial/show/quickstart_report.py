@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-import fluvial
-from fluvial import sheets
+from fluvial import __version__, sheets
 from fluvial.show import page, plots
 
 LOW, HIGH = 0.0, 16.0  # of scikit-learn's digits
@@ -23,7 +22,7 @@ def write(
     mixture: Mapping[str, Any],
 ) -> Path:
     """`report.html` in the folder, and the sheets as PNG files beside it."""
-    info = {"model": results["model_hash"], "seed": 1, "grid": "uniform", "fluvial": fluvial.__version__}
+    info = {"model": results["model_hash"], "seed": 1, "grid": "uniform", "fluvial": __version__}
     _save_sheets(folder, samples, info, results)
     parts = [
         *_opening(results, samples["headline"]),
@@ -34,7 +33,7 @@ def write(
         *_gamma(results, samples["gamma"]),
         *_next(),
     ]
-    made = f"Made by fluvial quickstart, Fluvial {fluvial.__version__}; model {results['model_hash']}, seed 0."
+    made = f"Made by fluvial quickstart, Fluvial {__version__}; model {results['model_hash']}, seed 0."
     return page.write(folder / "report.html", "One network, every notation", parts, made)
 
 

@@ -7,10 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from PIL import Image
-
-import fluvial
-from fluvial import training
+from fluvial import __version__, training
 from fluvial.show import page, plots
 
 
@@ -20,6 +17,8 @@ def write(folder: str | os.PathLike[str]) -> Path:
     Raises:
         RunError: for a folder that is not a run.
     """
+    from PIL import Image
+
     folder = Path(folder)
     described = training.describe(folder)
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -43,5 +42,5 @@ def write(folder: str | os.PathLike[str]) -> Path:
         for picture in (pictures[k] for k in chosen):
             with Image.open(picture) as image:
                 parts.append(page.figure(page.image(image, picture.stem), html.escape(picture.stem)))
-    made = f"Made by Fluvial {fluvial.__version__}; model {training.model_hash(folder)}."
+    made = f"Made by Fluvial {__version__}; model {training.model_hash(folder)}."
     return page.write(folder / "report.html", f"Run {folder.name}", parts, made)

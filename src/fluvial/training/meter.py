@@ -1,0 +1,80 @@
+"""What a training run knows of its loss: where on the path it is large, and whether it is still a number.
+
+Everything is summed on the device, and read only when a line of metrics is due: a GPU never waits for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# The bins of log-SNR, two wide; the outer two are open.
+EDGES = tuple(range(-8, 9, 2))
+BINS = (f"..{EDGES[0]}", *(f"{low}..{high}" for low, high in zip(EDGES, EDGES[1:])), f"{EDGES[-1]}..")
+
+
+def bin_of(log_snr: Tensor) -> Tensor:
+    """Which of `BINS` (B,) a log_snr (B,) falls into."""
+    return torch.bucketize(log_snr, torch.tensor(EDGES, dtype=log_snr.dtype, device=log_snr.device), right=True)
+
+
+class Meter:
+    """Means over the steps since it was last read.
+
+    Attributes:
+        sums: everything in one tensor, to be saved, and added up over the processes: the sums of the loss per bin,
+            the counts per bin, the sum of the gradients' norm, the steps.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(2 * len(BINS) + 2, dtype=exact, device=device)
+
+    def add(self, loss: Tensor, log_snr: Tensor, norm: Tensor) -> None:
+        """Takes in a step: loss (B,), log_snr (B,), and the norm of the gradient."""
+        place = bin_of(log_snr)
+        self.sums.index_add_(0, place, loss.to(self.sums.dtype))
+        self.sums.index_add_(0, place + len(BINS), torch.ones_like(loss, dtype=self.sums.dtype))
+        self.sums[-2] += norm
+        self.sums[-1] += 1
+
+    def read(self) -> dict[str, Any]:
+        """The means; bins without samples are left out."""
+        values = self.sums.tolist()
+        totals, counts, (norm, steps) = values[: len(BINS)], values[len(BINS) : -2], values[-2:]
+        return {
+            "loss": sum(totals) / max(sum(counts), 1),
+            "loss_by_log_snr": {name: t / n for name, t, n in zip(BINS, totals, counts) if n},
+            "grad_norm": norm / max(steps, 1),
+        }
+
+
+class Bad(NamedTuple):
+    """A step whose loss (B,) or gradient was not finite."""
+
+    step: int
+    loss: Tensor
+    norm: float
+
+
+class Watch:
+    """Looks for the first step that was not finite, among those since it last looked."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[int, Tensor, Tensor]] = []
+
+    def add(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        self._seen.append((step, loss, norm))
+
+    def look(self) -> Bad | None:
+        """The first bad step, and forgets all. One wait for the device, however many steps there were."""
+        seen, self._seen = self._seen, []
+        if not seen:
+            return None
+        fine = torch.stack([loss.isfinite().all() & norm.isfinite() for _, loss, norm in seen]).tolist()
+        if all(fine):
+            return None
+        step, loss, norm = seen[fine.index(False)]
+        return Bad(step, loss, float(norm))
