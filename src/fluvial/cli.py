@@ -212,3 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; the same command goes on from the last checkpoint")
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -86,7 +86,7 @@ class GaussianMixture:
             logits = logits.masked_fill((label[:, None] != k) & (label[:, None] != len(means)), -torch.inf)
         return logits, variance, alpha
 
-    def _v(self, x: Tensor, c: Any, label: Tensor | None) -> Tensor:
+    def _v(self, x: Tensor, c: Any, label: Tensor | None = None) -> Tensor:
         """alpha E[noise | x] - sigma E[data | x]: finite at both ends, and it determines the pair at both."""
         logits, variance, alpha = self._components(x, c, label)
         sigma = torch.as_tensor(c.sigma, device=x.device, dtype=x.dtype).reshape(-1, 1)
@@ -150,7 +150,7 @@ class ExactModel(Model):
         self.mixture = mixture
 
     def _query(self, t: Any, c: Coefficients) -> Query:
-        return super()._query(t, c)._replace(call=lambda x, cond: self.mixture._v(x, c, cond.get("label")))
+        return super()._query(t, c)._replace(call=lambda x, cond: self.mixture._v(x, c, **cond))
 
     def _at_network_time(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         return self.mixture._v(x, self.path(t), label)
@@ -164,7 +164,7 @@ class EmpiricalModel(Model):
         self.empirical = empirical
 
     def _query(self, t: Any, c: Coefficients) -> Query:
-        return super()._query(t, c)._replace(call=lambda x, cond: self.empirical.posterior_mean(x, c.alpha, c.sigma))
+        return super()._query(t, c)._replace(call=lambda x, cond: self.empirical.posterior_mean(x, c.alpha, c.sigma, **cond))
 
     def _at_network_time(self, x: Tensor, t: Tensor) -> Tensor:
         c = self.path(t)

@@ -57,7 +57,8 @@ def resolve(times: Any, path: Clocked, steps: int | None, default_steps: int) ->
         values = [float(t) for t in (times.tolist() if isinstance(times, Tensor) else times)]
     except (TypeError, ValueError):
         raise OptionError(
-            f"times is {times!r}; expected a grid such as fl.grids.Karras(), its name, or a list of numbers"
+            f"times is a {type(times).__name__} that is no list of numbers; expected a grid such as fl.grids.Karras(), "
+            "its name, or a list or 1-D tensor of rising times"
         ) from None
     if len(values) < 2 or not all(0.0 <= t <= 1.0 for t in values):
         raise OptionError(f"times is {_short(values)}; expected at least two numbers in [0, 1] (0 noise, 1 data)")
@@ -120,26 +121,34 @@ class LogSNR:
 class Karras:
     """sigma/alpha = (sigma_max^(1/rho) + k/(N-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho, k = 0 … N-1; then 0.
 
-    The N noise levels run from sigma_max to sigma_min inclusive where the path starts at a finite level, kept within
-    the path's range; where it starts from pure noise (sigma/alpha = inf), that is the first node.
+    Args:
+        rho: 7 puts most steps at low noise; 1 spaces them evenly in sigma.
+        sigma_min: the lowest level, or the path's own if that is higher.
+        sigma_max: the highest level, where the run then starts. None: the levels run from 80 (or the path's own start
+            if that is lower), and the run starts at t = 0.
 
     Source: Karras, Aittala, Aila, Laine: Elucidating the design space (2022), https://arxiv.org/abs/2206.00364, eq. 5
     """
 
     rho: float = 7.0
     sigma_min: float = 0.002
-    sigma_max: float = 80.0
+    sigma_max: float | None = None
 
     def __post_init__(self) -> None:
-        if not (0.0 < self.sigma_min < self.sigma_max and self.rho > 0):
+        high = math.inf if self.sigma_max is None else self.sigma_max
+        if not (0.0 < self.sigma_min < high and self.rho > 0):
             raise OptionError(f"{self} makes no grid; expected 0 < sigma_min < sigma_max and rho > 0")
 
     def times(self, path: Clocked, steps: int) -> list[float]:
-        high = min(self.sigma_max, math.exp(-path.log_snr(0.0) / 2)) ** (1 / self.rho)
-        low = max(self.sigma_min, math.exp(-path.log_snr(1.0) / 2)) ** (1 / self.rho)
+        start, end = math.exp(-path.log_snr(0.0) / 2), math.exp(-path.log_snr(1.0) / 2)
+        high, low = min(self.sigma_max or 80.0, start), max(self.sigma_min, end)
         count = max(steps - 1, 1)
-        levels = [(high + (low - high) * k / count) ** self.rho for k in range(steps)]
-        return _at_levels(path, [-2.0 * math.log(level) for level in levels])
+        roots = [high ** (1 / self.rho), low ** (1 / self.rho)]
+        levels = [(roots[0] + (roots[1] - roots[0]) * k / count) ** self.rho for k in range(steps)]
+        times = _at_levels(path, [-2.0 * math.log(level) for level in levels])
+        if self.sigma_max is not None and self.sigma_max < start:
+            times[0] = path.time(-2.0 * math.log(self.sigma_max))
+        return times
 
 
 def _at_levels(path: Clocked, log_snrs: list[float]) -> list[float]:
@@ -168,11 +177,15 @@ class LogitNormal:
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.std > 0:
-            raise OptionError(f"std is {self.std}; expected a positive number")
+        _positive_std(self.std)
 
     def quantile(self, u: Tensor, path: Clocked) -> Tensor:
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
+
+
+def _positive_std(std: float) -> None:
+    if not std > 0:
+        raise OptionError(f"std is {std}; expected a positive number")
 
 
 @dataclass(frozen=True)
@@ -202,6 +215,9 @@ class LogNormal:
 
     mean: float = -1.2
     std: float = 1.2
+
+    def __post_init__(self) -> None:
+        _positive_std(self.std)
 
     def quantile(self, u: Tensor, path: Clocked) -> Tensor:
         # Noisy is early: the upper quantiles of sigma are the lower ones of t.

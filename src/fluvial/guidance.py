@@ -53,6 +53,13 @@ class Guided(Model):
         self.source, self.guidance = source, guidance
         self.network, self.convention = source.network, source.convention
 
+    def under(self, **changes: Any) -> Guided:
+        source = self.source.under(**changes)
+        return self._replace(source=source, convention=source.convention)
+
+    def with_network(self, network: Callable[..., Tensor]) -> Guided:
+        return self._replace(source=self.source.with_network(network), network=network)
+
     def query(self, t: float | Tensor) -> Query:
         return self._guide(self.source.query(t))
 
@@ -60,7 +67,9 @@ class Guided(Model):
         return [self._guide(query) for query in self.source.queries(times)]
 
     def _guide(self, query: Query) -> Query:
-        return query._replace(call=_Mixed(query.call, self.guidance, self.null or {}))
+        # With a time for each sample, a doubled batch would need everything about them doubled too.
+        batched = self.guidance.batched and isinstance(query.c.alpha, float)
+        return query._replace(call=_Mixed(query.call, self.guidance.scale, batched, self.null or {}))
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,8 @@ class _Mixed:
     """Calls with and without the condition, and mixes the outputs."""
 
     call: Callable[[Tensor, Mapping[str, Any]], Tensor]
-    guidance: CFG
+    scale: float
+    batched: bool
     null: Mapping[str, Any]
 
     def __call__(self, x: Tensor, cond: Mapping[str, Any]) -> Tensor:
@@ -77,10 +87,10 @@ class _Mixed:
                 f"guidance needs a condition to strengthen; expected cond with {' or '.join(map(repr, self.null))}"
             )
         nothing = {**cond, **fill_null(self.null, x)}
-        if not self.guidance.batched:
+        if not self.batched:
             with_null, with_cond = self.call(x, nothing), self.call(x, cond)
         else:
             filled = {**fill_null(self.null, x, skip=cond), **cond}
             both = {name: torch.cat([nothing[name], filled[name]]) for name in nothing}
             with_null, with_cond = self.call(torch.cat([x, x]), both).chunk(2)
-        return torch.lerp(with_null, with_cond, self.guidance.scale)
+        return torch.lerp(with_null, with_cond, self.scale)

@@ -73,7 +73,7 @@ class Model:
     def __call__(self, x: Tensor, t: float | Tensor, **cond: Any) -> Estimate:
         """The estimate at state x (B, …) and time t (float or (B,))."""
         query = self.query(self._batch_time(x, t))
-        return Estimate(query, x, query.call(x, cond))
+        return Estimate(query, x, cond)
 
     def predict(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
         """The raw output (B, …), in the model's own prediction."""

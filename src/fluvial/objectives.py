@@ -138,6 +138,8 @@ class Objective:
             t = self.draw_times(model, index, seed)
         if noise is None:
             noise = random.normal(index, data.shape[1:], seed, 0, random.TRAIN, data.dtype, data.device)
+        if t.shape != data.shape[:1]:
+            raise ShapeError(f"t has shape {tuple(t.shape)} for a batch of {len(data)}; expected ({len(data)},)")
         noise_index, data_index = coupling(noise, data)
         cond = {name: value[data_index] for name, value in (cond or {}).items()}
         return self._loss(model, data[data_index], noise[noise_index], t.to(data.device), cond)

@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -185,8 +186,7 @@ def solve(c: Coefficients, given: tuple[Any, Any], wanted: tuple[Any, Any], what
     """
     (p, q), (wp, wq) = given, wanted
     if not isinstance(c.alpha, float):
-        determinant = c.alpha * q - c.sigma * p
-        return (wp * q - wq * p) / determinant, (wq * c.alpha - wp * c.sigma) / determinant
+        return _solve_batched(c, given, wanted)
     if (p, q) == (wp, wq):
         return 0.0, 1.0
     if math.isfinite(wp) and math.isfinite(wq):
@@ -202,6 +202,17 @@ def solve(c: Coefficients, given: tuple[Any, Any], wanted: tuple[Any, Any], what
         f"the {what} does not exist at this time (alpha = {c.alpha:g}, sigma = {c.sigma:g}, the {end} end): "
         "what the network predicts does not determine it there; expected a time inside the path"
     )
+
+
+def _solve_batched(c: Coefficients, given: tuple[Any, Any], wanted: tuple[Any, Any]) -> tuple[Any, Any]:
+    """The same for tensors, with the same exact ends, and inf or nan where the answer does not exist."""
+    (p, q), (wp, wq) = given, wanted
+    determinant = c.alpha * q - c.sigma * p
+    on_x, on_out = (wp * q - wq * p) / determinant, (wq * c.alpha - wp * c.sigma) / determinant
+    zero = torch.zeros_like(determinant)
+    only_data, only_noise = (c.sigma == 0) & (wq + zero == 0), (c.alpha == 0) & (wp + zero == 0)
+    on_x = torch.where(only_data, wp / c.alpha, torch.where(only_noise, wq / c.sigma, on_x))
+    return on_x, torch.where(only_data | only_noise, zero, on_out)
 
 
 def spread(coefficient: Any, x: Tensor) -> Any:
@@ -234,20 +245,27 @@ class Estimate:
         DependenceError: for `score`, when the noise is not known to be Gaussian and independent of the data.
     """
 
-    def __init__(self, query: Query, x: Tensor, out: Tensor) -> None:
-        self.x, self._query, self._out = x, query, out
+    def __init__(self, query: Query, x: Tensor, cond: Mapping[str, Any]) -> None:
+        self.x, self._query, self._cond = x, query, cond
+        # The network is called here and now, but for a model that must be able to refuse its score before the call.
+        if query.independent:
+            _ = self._out
+
+    @cached_property
+    def _out(self) -> Tensor:
+        return self._query.call(self.x, self._cond)
 
     def predict(self, prediction: Prediction) -> Tensor:
         """What a network of this prediction would have put out."""
         q = self._query
-        if prediction == q.prediction:
-            return self._out
         if isinstance(prediction, Score) and not q.independent:
             raise DependenceError(
                 "score asked of a model whose noise is not independent of its data (trained on pairs, by optimal "
                 "transport or reflow): Tweedie's formula does not hold; use an ODE solver, or call "
                 "model.assume_independent() if you know better"
             )
+        if prediction == q.prediction:
+            return self._out
         return self._want(prediction.weights(q.c), prediction.name)
 
     def _want(self, weights: tuple[Any, Any], what: str) -> Tensor:

@@ -145,4 +145,4 @@ def uniform(
 def permutation(n: int, seed: int, draw: int = 0, stream: int = ORDER) -> Tensor:
     """A random order of 0 … n-1, an int64 tensor on the CPU: a function of (n, seed, draw) alone."""
     keys = [(word0 << 31) ^ word1 for word0, word1, *_ in _bits(torch.arange(n), 1, seed, draw, stream)]
-    return torch.argsort(torch.cat(keys), stable=True)
+    return torch.argsort(torch.cat([torch.empty(0, dtype=torch.int64), *keys]), stable=True)

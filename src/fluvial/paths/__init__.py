@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from fluvial.errors import one_of
+from fluvial.errors import OptionError, one_of
 from fluvial.paths.base import Coefficients, Path, Shifted
 from fluvial.paths.closed import EDM, VE, VP, Cosine, Rectified, SubVP
 from fluvial.paths.derived import Affine, Discrete
@@ -49,6 +49,8 @@ _NAMED: dict[str, type[Path]] = {
 def named(name: str | Path, **options: Any) -> Path:
     """A path by name ("rectified", "cosine", "vp", "subvp", "ve", "edm", …) with its options; a Path as it is."""
     if isinstance(name, Path):
+        if options:
+            raise OptionError(f"{name} has its options already; give {', '.join(options)} when making it")
         return name
     known = {key.lower(): cls for key, cls in _NAMED.items() if cls not in (Discrete, Shifted)}
     key = str(name).lower().replace("-", "").replace("_", "")

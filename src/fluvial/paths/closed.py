@@ -111,7 +111,10 @@ class SubVP(_LinearBeta):
         return -2.0 * (2.0 * (self._beta(t)[1] / 2).sinh()).log()
 
     def _time(self, log_snr: Tensor) -> Tensor:
-        return self._time_of_integral(2.0 * ((-log_snr.clamp(min=-1e3) / 2).exp() / 2).asinh())
+        # 2 asinh(e^(-l/2)/2), which below -60 is -l to the last bit and would overflow.
+        level = log_snr.clamp(min=-1e4)
+        integral = 2.0 * ((-level.clamp(min=-60.0) / 2).exp() / 2).asinh()
+        return self._time_of_integral(torch.where(level < -60.0, -level, integral))
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ class EDM(Path):
 
     def __post_init__(self) -> None:
         _ordered_sigmas(self.sigma_min, self.sigma_max)
-        if self.rho <= 0:
+        if not self.rho > 0:
             raise OptionError(f"rho is {self.rho}; expected a positive number, such as 7")
 
     def _roots(self) -> tuple[float, float]:

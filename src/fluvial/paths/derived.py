@@ -97,7 +97,7 @@ def _monotone_slopes(steps: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Affine(Path):
-    """Any two functions alpha(t), sigma(t) of a tensor; derivatives by forward-mode differentiation.
+    """Any two functions alpha(t), sigma(t) of a tensor; derivatives by automatic differentiation.
 
     The SNR must rise with t. The inverse of log_snr is found by bisection. Not saved to JSON: a function is code.
     """
@@ -106,12 +106,13 @@ class Affine(Path):
     sigma: Callable[[Tensor], Any]
 
     def _coefficients(self, t: Tensor) -> Coefficients:
-        values, slopes = [], []
-        for function in (self.alpha, self.sigma):
-            # A constant may come back as a plain number: adding 0 t makes it a tensor that depends on t.
-            pair: Any = torch.func.jvp(lambda s, f=function: f(s) + 0.0 * s, (t,), (torch.ones_like(t),))
-            values.append(pair[0])
-            slopes.append(pair[1])
+        slopes = []
+        with torch.enable_grad():
+            s = t.detach().requires_grad_()
+            for function in (self.alpha, self.sigma):
+                # A constant may come back as a plain number: adding 0 t makes it a tensor that depends on t.
+                slopes.append(torch.autograd.grad((function(s) + 0.0 * s).sum(), s)[0])
+        values = [function(t) + 0.0 * t for function in (self.alpha, self.sigma)]
         return Coefficients(*values, *slopes)
 
     def config(self) -> dict[str, Any]:

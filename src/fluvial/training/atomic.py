@@ -84,7 +84,7 @@ def replace_folder(path: Path, write: Callable[[Path], object]) -> None:
 
 def sweep(folder: Path) -> None:
     """Removes what a process that was killed left unfinished."""
-    for path in folder.glob(f".*{_SUFFIX}"):
+    for path in (*folder.glob(f".*{_SUFFIX}"), *folder.glob(".*.part")):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 

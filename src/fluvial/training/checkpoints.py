@@ -52,7 +52,9 @@ def save(model: Model, folder: Folder, ema: Model | None = None) -> Path:
     others = {path.name for path in folder.iterdir()} - {CONFIG, RAW, AVERAGED} if folder.is_dir() else set()
     if others:
         what = "a training run" if STATE in others else min(others)
-        raise RunError(f"{folder} holds {what}; expected a new folder, or one that holds a saved model and nothing else")
+        raise RunError(
+            f"{folder} holds {what}; expected a new folder, or one that holds a saved model and nothing else"
+        )
 
     def write(unfinished: Path) -> None:
         (unfinished / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -131,7 +133,9 @@ def config_of(model: Model) -> dict[str, Any]:
     if type(model) not in (Model, Converted):
         raise OptionError(f"a {type(model).__name__} model cannot be saved; expected the model that it was made from")
     if not isinstance(model.network, nn.Module):
-        raise OptionError(f"the network is a {type(model.network).__name__} and has no weights to save; expected an nn.Module")
+        raise OptionError(
+            f"the network is a {type(model.network).__name__} and has no weights to save; expected an nn.Module"
+        )
     kind = type(model.network)
     # Only our own networks are built from their description: others' `config` may mean anything.
     ours = kind.__module__ == networks.__name__
@@ -139,7 +143,10 @@ def config_of(model: Model) -> dict[str, Any]:
     return {
         "fluvial": __version__,
         "summary": f"predicts {model.prediction.name} on the path {model.path.config()['name']}{shape}",
-        "network": {"class": f"{kind.__module__}.{kind.__qualname__}", "config": model.network.config() if ours else None},
+        "network": {
+            "class": f"{kind.__module__}.{kind.__qualname__}",
+            "config": model.network.config() if ours else None,
+        },
         **_convention(model),
     }
 

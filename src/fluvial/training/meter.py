@@ -5,7 +5,7 @@ Everything is summed on the device, and read only when a line of metrics is due:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,41 +40,40 @@ class Meter:
         self.sums[-2] += norm
         self.sums[-1] += 1
 
-    def read(self) -> dict[str, Any]:
-        """The means; bins without samples are left out."""
-        values = self.sums.tolist()
+    @staticmethod
+    def read(sums: Tensor) -> tuple[dict[str, Any], int]:
+        """The means, where bins without samples are left out, and how many samples there were."""
+        values = sums.tolist()
         totals, counts, (norm, steps) = values[: len(BINS)], values[len(BINS) : -2], values[-2:]
-        return {
-            "loss": sum(totals) / max(sum(counts), 1),
-            "loss_by_log_snr": {name: t / n for name, t, n in zip(BINS, totals, counts) if n},
+        samples = int(sum(counts))
+        means = {
+            "loss": sum(totals) / max(samples, 1),
+            "loss_by_log_snr": {name: total / n for name, total, n in zip(BINS, totals, counts) if n},
             "grad_norm": norm / max(steps, 1),
         }
-
-
-class Bad(NamedTuple):
-    """A step whose loss (B,) or gradient was not finite."""
-
-    step: int
-    loss: Tensor
-    norm: float
+        return means, samples
 
 
 class Watch:
-    """Looks for the first step that was not finite, among those since it last looked."""
+    """Looks for the first step whose loss or gradient was not finite, among those since it was cleared."""
 
     def __init__(self) -> None:
-        self._seen: list[tuple[int, Tensor, Tensor]] = []
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def add(self, step: int, loss: Tensor, norm: Tensor) -> None:
-        self._seen.append((step, loss, norm))
+        """Takes in a step: loss (B,), and the norm of the gradient."""
+        self._seen[step] = loss, norm
 
-    def look(self) -> Bad | None:
-        """The first bad step, and forgets all. One wait for the device, however many steps there were."""
-        seen, self._seen = self._seen, []
-        if not seen:
+    def first(self) -> int | None:
+        """The first bad step. One wait for the device, however many steps there were."""
+        if not self._seen:
             return None
-        fine = torch.stack([loss.isfinite().all() & norm.isfinite() for _, loss, norm in seen]).tolist()
-        if all(fine):
-            return None
-        step, loss, norm = seen[fine.index(False)]
-        return Bad(step, loss, float(norm))
+        fine = torch.stack([loss.isfinite().all() & norm.isfinite() for loss, norm in self._seen.values()]).tolist()
+        return next((step for step, ok in zip(self._seen, fine) if not ok), None)
+
+    def loss(self, step: int) -> Tensor:
+        """The losses (B,) of a step."""
+        return self._seen[step][0]
+
+    def clear(self) -> None:
+        self._seen = {}

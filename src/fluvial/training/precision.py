@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fluvial.errors import OptionError, one_of
 from fluvial.model import Model
 from fluvial.objectives import Objective
+from fluvial.training.batch import Batch
 
 _GAIN = 1.1  # what bf16 must gain to be worth its rounding
-_PROBED = 32  # samples
 
 
 class Choice(NamedTuple):
@@ -42,8 +41,7 @@ def check(precision: str, channels_last: bool | str) -> None:
 
 def choose(
     model: Model,
-    data: Tensor,
-    cond: Mapping[str, Tensor],
+    batch: Batch,
     objective: Objective,
     precision: str = "auto",
     channels_last: bool | str = "auto",
@@ -52,16 +50,15 @@ def choose(
 
     Args:
         model: on the device it will train on; it is not changed.
-        data: (B, …) some samples in path units, there too.
-        cond: their conditions.
+        batch: some samples, there too.
         objective: the loss.
         precision: "fp32" or "bf16" to decide it here, or "auto".
         channels_last: True or False to decide it here, or "auto": for images, yes.
     """
-    last = channels_last is True or (channels_last == "auto" and data.ndim == 4 and data.device.type != "mps")
+    device = batch.data.device.type
+    last = channels_last is True or (channels_last == "auto" and batch.data.ndim == 4 and device != "mps")
     if precision != "auto":
         return Choice(precision, last, "as asked")
-    device = data.device.type
     if device == "cuda":
         able = torch.cuda.is_bf16_supported(including_emulation=False)
         return Choice("bf16" if able else "fp32", last, f"the GPU has {'' if able else 'no '}bfloat16")
@@ -69,8 +66,7 @@ def choose(
         return Choice("fp32", last, f"no fast bfloat16 on this {device}")
     if sum(p.numel() for p in model.parameters()) > 200e6:
         return Choice("bf16", last, "the processor has bfloat16, and the network is too large to time")
-    data, cond = data[:_PROBED], {name: value[:_PROBED] for name, value in cond.items()}
-    seconds = {name: _seconds(model, data, cond, objective, name, last) for name in ("fp32", "bf16")}
+    seconds = {name: _seconds(model, batch, objective, name, last) for name in ("fp32", "bf16")}
     gain = seconds["fp32"] / seconds["bf16"]
     return Choice("bf16" if gain >= _GAIN else "fp32", last, f"bf16 timed at {gain:.2f} times the speed of fp32")
 
@@ -85,19 +81,18 @@ def has_bfloat16() -> bool:
     return flags.is_file() and " bf16" in flags.read_text(encoding="utf-8", errors="ignore")
 
 
-def _seconds(
-    model: Model, data: Tensor, cond: Mapping[str, Tensor], objective: Objective, precision: str, channels_last: bool
-) -> float:
-    """Processor time of a forward and backward pass, the best of three: other programs make it longer, never shorter."""
+def _seconds(model: Model, batch: Batch, objective: Objective, precision: str, channels_last: bool) -> float:
+    """Processor time of forward and backward, the best of three: other programs make it longer, never shorter."""
     assert isinstance(model.network, nn.Module)
-    network = copy.deepcopy(model.network).train()
+    network, data = copy.deepcopy(model.network).train(), batch.data
     if channels_last:
-        data = as_channels_last(network, data)
+        as_channels_last(network)
+        data = data.to(memory_format=torch.channels_last)
     trial, times = model.with_network(network), []
     for _ in range(4):
         start = time.process_time()
         with autocast(data.device, precision):
-            loss = objective(trial, data, cond, noise=torch.zeros_like(data), seed=0)
+            loss = objective(trial, data, batch.cond, batch.t, batch.drawn_noise(0))
         loss.mean().backward()
         times.append(time.process_time() - start)
     return min(times[1:])
@@ -108,9 +103,6 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def as_channels_last(network: nn.Module, data: Tensor) -> Tensor:
-    """Lays the network's weights out with channels last, in place, and returns the data so; (B, C, H, W) only."""
-    if data.ndim != 4:
-        return data
+def as_channels_last(network: nn.Module) -> None:
+    """Lays the weights of convolutions out with channels last, in place."""
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return data.to(memory_format=torch.channels_last)

@@ -17,16 +17,37 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fluvial.errors import RunError
+from fluvial.model import Model
 from fluvial.training import atomic
 from fluvial.training.checkpoints import AVERAGED, CONFIG, RAW, STATE, read_config, state_name
 
 _OPTIMISER, _COUNTERS, _POINTER, _METRICS = "optimizer.safetensors", "counters.json", "latest.json", "metrics.jsonl"
+
+
+@dataclass
+class Run:
+    """What training leaves.
+
+    Attributes:
+        model: the model that was given, trained, in eval mode.
+        ema: the same with averaged weights.
+        folder: the run folder, if there is one.
+        metrics: a dict for each line of metrics.jsonl.
+        step: how many steps were made.
+    """
+
+    model: Model
+    ema: Model
+    folder: Path | None
+    metrics: list[dict[str, Any]]
+    step: int
 
 
 class State(NamedTuple):

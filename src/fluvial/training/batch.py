@@ -1,0 +1,94 @@
+"""A training step's samples, as a function of the data, the seed and the samples' numbers alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fluvial import couplings, random
+from fluvial.model import Model, fill_null
+from fluvial.objectives import Objective
+from fluvial.training.source import Rows
+
+
+@dataclass
+class Batch:
+    """What the loss is a function of: data (B, …) in path units, conditions, times (B,), and the samples' numbers.
+
+    `noise` is None where the objective draws it.
+    """
+
+    index: Tensor
+    data: Tensor
+    cond: Rows
+    t: Tensor
+    noise: Tensor | None
+
+    def drawn_noise(self, seed: int) -> Tensor:
+        """The noise (B, …) that belongs to the samples."""
+        if self.noise is not None:
+            return self.noise
+        shape = self.data.shape[1:]
+        return random.normal(self.index, shape, seed, 0, random.TRAIN, self.data.dtype, self.data.device)
+
+
+def prepare(rows: Rows, model: Model, objective: Objective, seed: int, drop_cond: float, device: torch.device) -> Batch:
+    """A batch from what the source gave, in the data's own units."""
+    rows = {name: value.to(device, non_blocking=True) for name, value in rows.items()}
+    index, data = rows.pop("index"), model.normalisation.apply(rows.pop("data"))
+    noise = rows.pop("noise", None)
+    cond = dropped(rows, model, index, seed, drop_cond)
+    return Batch(index, data, cond, objective.draw_times(model, index, seed), noise)
+
+
+def dropped(cond: Rows, model: Model, index: Tensor, seed: int, share: float) -> Rows:
+    """The conditions, all those of a sample replaced by the null ones for this share of the samples."""
+    if not cond or not model.null or not share:
+        return cond
+    drop = random.uniform(index, (), seed, stream=random.DROP, device=index.device) < share  # (B,)
+    null = fill_null(model.null, index)
+    return {
+        name: torch.where(drop.reshape(-1, *[1] * (value.ndim - 1)), null[name].to(value.dtype), value)
+        for name, value in cond.items()
+    }
+
+
+def coupled_share(batch: Batch, objective: Objective, seed: int, rank: int, world: int) -> Batch:
+    """Pairs noise and data of a whole step, as every process does alike, and keeps this one's share of the pairs."""
+    share = len(batch.data) // world
+    mine = slice(rank * share, (rank + 1) * share)
+    noise = batch.drawn_noise(seed)
+    noise_index, data_index = (i[mine] for i in couplings.named(objective.coupling)(noise, batch.data))
+    cond = {name: value[data_index] for name, value in batch.cond.items()}
+    return Batch(batch.index[mine], batch.data[data_index], cond, batch.t[mine], noise[noise_index])
+
+
+def needs_whole(objective: Objective) -> bool:
+    """Whether pairing looks at more than one sample."""
+    return not isinstance(couplings.named(objective.coupling), (couplings.Independent, couplings.Pairs))
+
+
+def already_coupled(objective: Objective) -> Objective:
+    """The same objective for pairs that are made."""
+    return replace(objective, coupling="pairs")
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """For torch's generator, from which the network's dropout draws."""
+    digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def ahead(rows: Iterator[Rows]) -> Iterator[Rows]:
+    """The same rows, each read while the one before is used."""
+    with ThreadPoolExecutor(1) as reader:
+        following = reader.submit(next, rows)
+        while True:
+            current = following.result()
+            following = reader.submit(next, rows)
+            yield current

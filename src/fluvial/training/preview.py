@@ -1,0 +1,60 @@
+"""The sample sheet of a training run: the averaged weights, always from the same noise, so that sheets compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fluvial import __version__, sampling, sheets
+from fluvial.model import Model
+from fluvial.training.checkpoints import model_hash
+from fluvial.training.source import Rows, Source
+
+SOLVER, STEPS = "heun", 10  # 19 network calls
+_POINTS, _IMAGES, _LARGE = 2000, 64, 16
+
+
+def draw(model: Model, source: Source, first: Rows, seed: int, step: int, path: Path) -> None:
+    """Samples the model, classes in turn, and writes the sheet with how it was made.
+
+    Args:
+        model: with averaged weights.
+        source: of the training data.
+        first: some of its rows, whose conditions are used where they are not classes.
+        seed: of the noise.
+        step: of the run.
+        path: the PNG.
+    """
+    if len(source.shape) > 3:
+        return  # there is no sheet of films
+    classes = source.num_classes if "label" in source.conditions else None
+    count, columns = _size(source.shape, classes)
+    count = min([count, *(len(first[name]) for name in source.conditions if name != "label")])
+    cond = {name: first[name][:count] for name in source.conditions if name not in ("label", "noise")}
+    if classes:
+        cond["label"] = torch.arange(count) % classes
+    x = sampling.sample(model, (count, *source.shape), solver=SOLVER, steps=STEPS, seed=seed, cond=cond)
+    info = {
+        "fluvial": __version__,
+        "model": model_hash(model),
+        "weights": "ema",
+        "step": step,
+        "solver": SOLVER,
+        "grid": "uniform",
+        "steps": STEPS,
+        "nfe": sampling.nfe(model, SOLVER, STEPS),
+        "seed": seed,
+        "label": "0, 1, 2, … in turn" if classes else None,
+    }
+    sheets.save(sheets.sheet(x, columns=columns, normalisation=model.normalisation), path, info)
+
+
+def _size(shape: tuple[int, ...], classes: int | None) -> tuple[int, int | None]:
+    """How many samples, and in how many columns: a class each, where they fit."""
+    if len(shape) == 1:
+        return _POINTS, None
+    count = _IMAGES if max(shape[1:]) <= 64 else _LARGE
+    if classes and 2 <= classes <= 16:
+        return classes * max(1, count // classes), classes
+    return count, None
