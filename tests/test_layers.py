@@ -24,7 +24,7 @@ RANKS = {
     "predictions": 2,
     "convention": 2.5,
     "model": 3,
-    "exact": 4, "guidance": 4, "objectives": 4, "solvers": 4,
+    "exact": 4, "guidance": 4, "inputs": 4, "objectives": 4, "solvers": 4,
     "sampling": 5, "likelihood": 5, "testing": 5.5,
     "measure": 6, "networks": 6, "sheets": 6,
     "training": 7,

@@ -16,6 +16,7 @@ _NAMES = {
     "Model": "model",
     "convert": "model",
     "sample": "sampling",
+    "encode": "sampling",
     "Trajectory": "sampling",
     "Objective": "objectives",
     "FluvialError": "errors",

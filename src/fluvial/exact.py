@@ -164,7 +164,11 @@ class EmpiricalModel(Model):
         self.empirical = empirical
 
     def _query(self, t: Any, c: Coefficients) -> Query:
-        return super()._query(t, c)._replace(call=lambda x, cond: self.empirical.posterior_mean(x, c.alpha, c.sigma, **cond))
+        return (
+            super()
+            ._query(t, c)
+            ._replace(call=lambda x, cond: self.empirical.posterior_mean(x, c.alpha, c.sigma, **cond))
+        )
 
     def _at_network_time(self, x: Tensor, t: Tensor) -> Tensor:
         c = self.path(t)

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fluvial import grids, random, solvers
-from fluvial.errors import DependenceError, OptionError, ShapeError
+from fluvial import grids, inputs, random, solvers
+from fluvial.errors import DependenceError, OptionError
 from fluvial.model import Model
 from fluvial.paths import Coefficients
 from fluvial.predictions import Query
 from fluvial.solvers import Solver
-from fluvial.solvers.rows import At, Step, trace
+from fluvial.solvers.rows import At, Row, Step, trace
 
 DEFAULT_SOLVER, DEFAULT_STEPS = "heun", 18
 
@@ -100,10 +101,20 @@ class _Planner:
 
     def steps(self) -> list[Step]:
         steps, last = [], len(self.times) - 2
-        for index, (t, s) in enumerate(zip(self.times, self.times[1:])):
+        for index, (t, s) in enumerate(pairwise(self.times)):
             lands = self.lands and index == last
             end = Coefficients(1.0, 0.0, 0.0, 0.0) if lands else self.query_at(s).c
             at = At(t, s, self.query_at(t).c, end, lands, self.query_at)
+            steps.append(trace(self.solver.step, at))
+        return steps
+
+    def reversed_steps(self) -> list[Step]:
+        """The rows of the way back, from the data to the first time."""
+        back = self.times[-2::-1]
+        data = Coefficients(1.0, 0.0, 0.0, 0.0)
+        steps = [trace(_leave_data, At(1.0, back[0], data, self.query_at(back[0]).c, False, self.query_at))]
+        for t, s in pairwise(back):
+            at = At(t, s, self.query_at(t).c, self.query_at(s).c, False, self.query_at)
             steps.append(trace(self.solver.step, at))
         return steps
 
@@ -159,10 +170,10 @@ def sample(
             "pairs, by optimal transport or reflow); use an ODE solver, or model.assume_independent()"
         )
     nodes = grids.resolve(times, model.path, steps, DEFAULT_STEPS)
-    seed = _checked_seed(seed)
+    seed = inputs.checked_seed(seed)
     rows = plan(model, solver, nodes)
-    x = _start(model, noise, nodes[0], seed, first, init, state)
-    run = _Run(model, rows, seed, first, _conditions(model, cond, x))
+    x = inputs.start(model, noise, nodes[0], seed, first, init, state)
+    run = _Run(model, rows, seed, first, inputs.conditions(model, cond, x))
     with torch.no_grad():
         return run(x, nodes, record, callback, progress)
 
@@ -205,89 +216,52 @@ class _Run:
         return random.normal(samples, x.shape[1:], self.seed, draw, random.STEP, x.dtype, x.device)
 
 
+def encode(
+    model: Model,
+    data: Tensor,
+    *,
+    solver: str | Solver = DEFAULT_SOLVER,
+    steps: int | None = None,
+    times: Any = None,
+    cond: Mapping[str, Tensor] | None = None,
+    guidance: Callable[[Model], Model] | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """The unit-variance noise (B, …) that `sample` turns back into these data, by the ODE run backwards.
+
+    The first step leaves sigma = 0, where no network is called: it solves x = alpha data + sigma noise(x) at the first
+    noise level by four fixed-point calls, which is the inverse of the sampler's landing. Arguments as for `sample`, in
+    the same sense: `times` rise, and give the levels visited in reverse.
+
+    Raises:
+        OptionError: for a stochastic solver, times that do not end on the data, or a start at alpha = 1, sigma = 0.
+    """
+    solver = solvers.named(solver)
+    if solver.stochastic:
+        raise OptionError(f"solver {solver.name} is stochastic and cannot be run backwards; expected an ODE solver")
+    model = model if guidance is None else guidance(model)
+    nodes = grids.resolve(times, model.path, steps, DEFAULT_STEPS)
+    if nodes[-1] != 1.0:
+        raise OptionError(f"times end at {nodes[-1]:g}; expected an end at 1, where the data are")
+    x = inputs.fitting(model, model.normalisation.apply(inputs.as_state(data)), "data")
+    run = _Run(model, _Planner(model, solver, nodes).reversed_steps(), 0, 0, inputs.conditions(model, cond, x))
+    with torch.no_grad():
+        state = run(x, [*nodes[::-1]], False, None, progress)
+    return state / model.path(nodes[0]).sigma
+
+
+def _leave_data(at: At) -> Row:
+    """From the data to the first noise level: x = alpha data + sigma noise(x), by fixed-point iteration."""
+    alpha, sigma = at.end.alpha, at.end.sigma
+    state = alpha * at.x
+    for _ in range(4):
+        state = alpha * at.x + sigma * at.ask(state, at.s).noise
+    return state
+
+
 def _tracked(rows: list[Step], progress: bool) -> Any:
     if not progress:
         return rows
     from rich.progress import track
 
     return track(rows, description="sampling")
-
-
-def _start(
-    model: Model,
-    noise: int | Sequence[int] | Tensor | None,
-    t: float,
-    seed: int,
-    first: int,
-    init: Tensor | None,
-    state: Tensor | None,
-) -> Tensor:
-    """The state the run starts from, in path units."""
-    if state is not None:
-        if noise is not None or init is not None:
-            raise OptionError("state was given together with noise or init; expected state alone to resume from")
-        return _fitting(model, _as_state(state), "state")
-    if init is not None and noise is None:
-        noise = tuple(init.shape)
-    if isinstance(noise, bool) or noise is None:
-        raise OptionError("noise is missing; expected a shape (B, …), a count, or a noise tensor")
-    if isinstance(noise, int):
-        if model.shape is None:
-            raise OptionError(
-                f"noise is the count {noise}, but the model does not know its shape; expected ({noise}, …)"
-            )
-        noise = (noise, *model.shape)
-    if not isinstance(noise, Tensor):
-        shape = tuple(noise)
-        if not shape or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
-            raise OptionError(f"noise is {noise!r}; expected a shape of whole numbers, 1 or more, or a noise tensor")
-        samples = range(first, first + shape[0])
-        dtype = torch.float64 if init is not None and init.dtype == torch.float64 else torch.float32
-        noise = random.normal(samples, shape[1:], seed, stream=random.START, dtype=dtype, device=model.device)
-    noise = _fitting(model, _as_state(noise), "noise")
-    c = model.path(t)
-    if init is None:
-        return noise if c.sigma == 1.0 else noise * c.sigma
-    if init.shape != noise.shape:
-        raise ShapeError(f"init has shape {tuple(init.shape)} and noise {tuple(noise.shape)}; expected the same")
-    data = model.normalisation.apply(_as_state(init).to(noise))
-    return torch.add(data * c.alpha, noise, alpha=c.sigma)
-
-
-def _checked_seed(seed: int | None) -> int:
-    if seed is None:
-        return random.fresh_seed()
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
-        raise OptionError(f"seed is {seed!r}; expected a whole number from 0 to 2**64 - 1")
-    return seed
-
-
-def _as_state(x: Tensor) -> Tensor:
-    """Solver states are float32, or float64 where the user's tensor is."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def _fitting(model: Model, x: Tensor, what: str) -> Tensor:
-    """x, after checking its channels against what the model was trained on."""
-    shape = model.shape
-    if shape is not None and (x.ndim != len(shape) + 1 or x.shape[1] != shape[0]):
-        raise ShapeError(f"{what} has shape {tuple(x.shape)}; expected (B, {', '.join(map(str, shape))})")
-    return x
-
-
-def _conditions(model: Model, cond: Mapping[str, Tensor] | None, x: Tensor) -> dict[str, Tensor]:
-    """The conditions on x's device, checked: batch first, labels within the model's classes."""
-    checked: dict[str, Tensor] = {}
-    for name, value in (cond or {}).items():
-        if not isinstance(value, Tensor) or value.ndim < 1 or len(value) != len(x):
-            given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ShapeError(f"condition {name!r} has {given}; expected a tensor with {len(x)} entries, batch first")
-        null = (model.null or {}).get(name)
-        if isinstance(null, int) and not value.is_floating_point():
-            low, high = int(value.min()), int(value.max())
-            if low < 0 or high > null:
-                raise OptionError(
-                    f"condition {name!r} has values from {low} to {high}; expected 0 to {null - 1}, or {null} for none"
-                )
-        checked[name] = value.to(x.device)
-    return checked

@@ -75,9 +75,9 @@ class DDIM(Solver):
     def step(self, at: At) -> Row:
         estimate = at.ask(at.x, at.t)
         (alpha, sigma), (alpha_next, sigma_next) = at.start[:2], at.end[:2]
+        if self.eta == 0.0 or at.lands:
+            return estimate.want(alpha_next, sigma_next, "state")
         ratio = alpha * sigma_next / (alpha_next * sigma)
         omega = self.eta * sigma_next * math.sqrt(max(1.0 - ratio * ratio, 0.0))
-        if omega == 0.0:
-            return estimate.want(alpha_next, sigma_next, "state")
         kept = math.sqrt(max(sigma_next**2 - omega**2, 0.0))
         return estimate.want(alpha_next, kept, "state") + omega * at.randn()

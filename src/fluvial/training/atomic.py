@@ -116,7 +116,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            return {name: file.get_tensor(name) for name in [*file.keys()]}, file.metadata() or {}
     except FileNotFoundError as error:
         raise RunError(f"{path} is missing; expected the tensors of a run there") from error
     except (SafetensorError, OSError, ValueError) as error:

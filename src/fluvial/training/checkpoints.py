@@ -85,9 +85,8 @@ def load(folder: Folder, network: nn.Module | None = None, weights: str = "ema")
     if weights not in WEIGHTS:
         raise one_of("kind of weights", weights, WEIGHTS)
     config = read_config(folder)
-    model = _model(config, network or _network(config, folder), folder)
+    model = _model(config, (network or _network(config, folder)).eval(), folder)
     fill(model.network, *_weights(folder, weights))
-    model.network.eval()
     return model
 
 
@@ -136,7 +135,8 @@ def config_of(model: Model) -> dict[str, Any]:
         raise OptionError(
             f"the network is a {type(model.network).__name__} and has no weights to save; expected an nn.Module"
         )
-    kind = type(model.network)
+    network: Any = model.network
+    kind = type(network)
     # Only our own networks are built from their description: others' `config` may mean anything.
     ours = kind.__module__ == networks.__name__
     shape = "" if model.shape is None else f", of samples {model.shape}"
@@ -145,7 +145,7 @@ def config_of(model: Model) -> dict[str, Any]:
         "summary": f"predicts {model.prediction.name} on the path {model.path.config()['name']}{shape}",
         "network": {
             "class": f"{kind.__module__}.{kind.__qualname__}",
-            "config": model.network.config() if ours else None,
+            "config": network.config() if ours else None,
         },
         **_convention(model),
     }
@@ -225,14 +225,14 @@ def state_name(step: Any) -> str:
     return f"step-{step:06d}" if isinstance(step, int) else f"step-{step}"
 
 
-def weights_of(network: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and lasting buffer once, by its first name: tied weights have several."""
+def weights_of(network: Any) -> dict[str, Tensor]:
+    """An nn.Module's parameters and lasting buffers, each once by its first name: tied weights have several."""
     names = {name for name, _ in network.named_parameters()} | {name for name, _ in network.named_buffers()}
     return {name: value for name, value in network.state_dict().items() if name in names}
 
 
 @torch.no_grad()
-def fill(network: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
+def fill(network: Any, tensors: Mapping[str, Tensor], file: Path) -> None:
     """Copies weights read from `file` into the network, where all of them must fit.
 
     Raises:
@@ -250,7 +250,7 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         kind = type(network).__name__
         raise RunError(
-            f"{file} does not fit the {kind}: {', '.join(problems[:3])}{more}; expected the weights of this architecture"
+            f"{file} does not fit the {kind}: {', '.join(problems[:3])}{more}; expected weights of this architecture"
         )
     for name, value in own.items():
         value.copy_(tensors[name])

@@ -39,19 +39,21 @@ class EMA:
             if tensor.dtype in (torch.float16, torch.bfloat16):
                 tensor.data = tensor.data.float()
         self._source = network
-        self._averages, self._buffers = list(self.network.parameters()), list(self.network.buffers())
+        self._weights: list[Tensor] = [*network.parameters()]
+        self._averages: list[Tensor] = [*self.network.parameters()]
+        self._buffers = list(self.network.buffers())
 
     @torch.no_grad()
     def update(self) -> None:
         """Takes the network's present weights into the average."""
         self.updates += 1
         rate = 1.0 - min(self.decay, (1 + self.updates) / (10 + self.updates))
-        weights: list[Tensor] = [p.detach() for p in self._source.parameters()]
+        weights = self._weights
         if any(w.dtype != a.dtype for w, a in zip(weights, self._averages)):
             weights = [w.to(a.dtype) for w, a in zip(weights, self._averages)]
-        torch._foreach_lerp_(self._averages, weights, rate)
+        torch._foreach_lerp_(self._averages, weights, rate)  # pyright: ignore[reportPrivateImportUsage]
         if self._buffers:
-            torch._foreach_copy_(self._buffers, list(self._source.buffers()))
+            torch._foreach_copy_(self._buffers, [*self._source.buffers()])  # pyright: ignore[reportPrivateImportUsage]
 
     def model(self, model: Model) -> Model:
         """`model` with the averaged weights: it shares them, so that it follows later updates."""

@@ -86,7 +86,7 @@ class Loop:
         if state is not None:
             self._restore(state)
         prepared, self.stepper = self.accelerator.prepare(self.network, self.optimiser)
-        self.learner = self.model.with_network(prepared)
+        self.learner, self.parameters = self.model.with_network(prepared), [*prepared.parameters()]
         self.accelerator.wait_for_everyone()
         if state is None:
             self._save()
@@ -105,7 +105,7 @@ class Loop:
             stored = existing["training"]
             asked = stored["precision"] if precision == "auto" else precision
             last = stored["channels_last"] if channels_last == "auto" else channels_last
-            self.precision = precisions.Choice(asked, last, stored["precision_why"])
+            self.precision = precisions.Choice(asked, bool(last), stored["precision_why"])
         config["training"] |= {
             "precision": self.precision.precision,
             "channels_last": self.precision.channels_last,
@@ -217,7 +217,7 @@ class Loop:
     def _clip(self) -> torch.Tensor:
         """Clips the gradient, and returns the norm it had."""
         limit = math.inf if self.settings.clip is None else self.settings.clip
-        norm = self.accelerator.clip_grad_norm_(self.learner.parameters(), limit)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, limit)
         assert isinstance(norm, torch.Tensor)
         return norm.detach()
 
@@ -330,11 +330,10 @@ class Loop:
         return NonFiniteError(f"step {step}: {who} is not finite{kept}; expected a lower lr, fp32, or other data")
 
     def _farewell(self) -> str:
+        where = f"interrupted at step {self.step} of {self.settings.steps}"
         if self.folder is None:
-            return f"interrupted at step {self.step} of {self.settings.steps}; nothing is saved without a run folder"
-        return (
-            f"interrupted at step {self.step} of {self.settings.steps} and saved; the same command goes on from there"
-        )
+            return f"{where}; nothing is saved without a run folder"
+        return f"{where} and saved in {self.folder.path}; the same command goes on from there"
 
     def _result(self) -> Run:
         path = None if self.folder is None else self.folder.path

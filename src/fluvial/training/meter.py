@@ -5,6 +5,7 @@ Everything is summed on the device, and read only when a line of metrics is due:
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 # The bins of log-SNR, two wide; the outer two are open.
 EDGES = tuple(range(-8, 9, 2))
-BINS = (f"..{EDGES[0]}", *(f"{low}..{high}" for low, high in zip(EDGES, EDGES[1:])), f"{EDGES[-1]}..")
+BINS = (f"..{EDGES[0]}", *(f"{low}..{high}" for low, high in itertools.pairwise(EDGES)), f"{EDGES[-1]}..")
 
 
 def bin_of(log_snr: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 from fluvial.errors import RunError
 from fluvial.model import Model
 from fluvial.training import atomic
-from fluvial.training.checkpoints import AVERAGED, CONFIG, RAW, STATE, read_config, state_name
+from fluvial.training.checkpoints import AVERAGED, CONFIG, RAW, STATE, model_hash, read_config, state_name
 
 _OPTIMISER, _COUNTERS, _POINTER, _METRICS = "optimizer.safetensors", "counters.json", "latest.json", "metrics.jsonl"
 
@@ -214,3 +214,61 @@ def _flat(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         return {name: value}
     return {key: leaf for k, v in value.items() for key, leaf in _flat(v, f"{name}.{k}").items()}
+
+
+def describe(folder: str | os.PathLike[str]) -> dict[str, str]:
+    """A run, or a saved model, in words: what each thing is called, and what it is.
+
+    Raises:
+        RunError: for a folder that is neither.
+    """
+    run, config = RunFolder(folder), read_config(Path(folder))
+    network, training = config["network"], config.get("training")
+    weights = atomic.read_tensors(run.path / RAW)[0]
+    convention = config["convention"]
+    notation = f"{convention['prediction']['name']} on {_options(convention['path'])}"
+    words = {"model": f"{model_hash(folder)}, predicts {notation}"}
+    if config["view"]:
+        words["seen as"] = f"{config['view']['prediction']['name']} on {_options(config['view']['path'])}"
+    words["network"] = f"{network['class']}, {sum(value.numel() for value in weights.values()):,} numbers"
+    if network["config"]:
+        words["architecture"] = _options({k: v for k, v in network["config"].items() if k != "kind"}, "kind")
+    words["samples"] = "of any shape" if convention["shape"] is None else " x ".join(map(str, convention["shape"]))
+    n = convention["normalisation"]
+    if n["low"] is not None:
+        words["data units"] = f"from {n['low']:g} to {n['high']:g}, mean {n['mean']:.4g}, std {n['std']:.4g}"
+    words["score"] = "yes" if convention["independent"] else "no: its noise is not independent of its data"
+    if convention["null"]:
+        words["conditions"] = ", ".join(f"{name} ({value} is none)" for name, value in convention["null"].items())
+    if training:
+        words |= _describe_training(run, training)
+    return words | {"written by": f"Fluvial {config.get('fluvial', 'of an unknown version')}"}
+
+
+def _describe_training(run: RunFolder, training: Mapping[str, Any]) -> dict[str, str]:
+    data, step = training["data"], run.step() or 0
+    size = "a stream" if data["size"] is None else f"{data['size']:,} samples"
+    objective = {
+        key: value["name"] if isinstance(value, Mapping) else value for key, value in training["objective"].items()
+    }
+    words = {
+        "data": f"{data['name']}, {size}",
+        "objective": ", ".join(f"{key} {value}" for key, value in objective.items()),
+        "training": f"{step} of {training['steps']} steps of {training['batch_size']} samples, seed {training['seed']}",
+        "optimiser": f"AdamW, lr {training['lr']:g} ({training['schedule']}), ema {training['ema_decay']:g}",
+        "precision": f"{training['precision']} ({training['precision_why']})",
+    }
+    lines = run.metrics(step)
+    if lines:
+        words["last loss"] = f"{lines[-1]['loss']:.4f}, {lines[-1]['samples_per_second']:,.0f} samples/s"
+    return words
+
+
+def _options(config: Mapping[str, Any], name: str = "name") -> str:
+    """{"name": "VP", "beta_min": 0.1} -> VP(beta_min=0.1); a table is not written out."""
+    options = [
+        f"{key}={_options(value) if isinstance(value, Mapping) else value}"
+        for key, value in config.items()
+        if key != name and not (isinstance(value, list) and len(value) > 8)
+    ]
+    return f"{config[name]}({', '.join(options)})" if name in config else ", ".join(options)

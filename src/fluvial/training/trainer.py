@@ -89,7 +89,8 @@ def train(
 
     settings = Settings(steps, batch_size, seed, drop_cond, lr, warmup, schedule, weight_decay, clip, ema_decay)
     precisions.check(precision, channels_last)
-    whole("log_every", log_every, 1), whole("checkpoint_every", checkpoint_every, 1)
+    whole("log_every", log_every, 1)
+    whole("checkpoint_every", checkpoint_every, 1)
     if sheet_every is not None:
         whole("sheet_every", sheet_every, 1)
     source = open_source(source)
