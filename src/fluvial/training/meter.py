@@ -78,3 +78,19 @@ class Watch:
 
     def clear(self) -> None:
         self._seen = {}
+
+
+def culprit(loss: Tensor, index: Tensor, t: Tensor, log_snr: Tensor) -> str:
+    """What of a bad step was not finite, in words: samples by number, and where on the path.
+
+    Args:
+        loss, index, t, log_snr: (B,) of the step's samples.
+    """
+    bad = (~loss.isfinite()).nonzero()[:, 0]
+    if not len(bad):
+        return "the gradient (every loss is finite)"
+    numbers, times = index[bad].tolist(), t[bad].tolist()
+    named = ", ".join(map(str, numbers[:5])) + (", …" if len(bad) > 5 else "")
+    bins = ", ".join(BINS[place] for place in sorted(set(bin_of(log_snr[bad]).tolist())))
+    where = f"t = {times[0]:.4f}" if len(bad) == 1 else f"t from {min(times):.4f} to {max(times):.4f}"
+    return f"the loss of {len(bad)} of {len(loss)} samples (number {named}; {where}, log-SNR {bins})"
