@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -33,7 +34,7 @@ def test_ends_are_nodes_and_times_rise(path, grid, steps):
     assert all(type(t) is float for t in times)
     assert times[0] == 0.0
     assert times[-1] == 1.0
-    assert all(a < b for a, b in zip(times, times[1:]))
+    assert all(a < b for a, b in itertools.pairwise(times))
 
 
 @pytest.mark.parametrize("steps", [2, 3, 18])
@@ -61,11 +62,11 @@ def test_karras_is_kept_within_the_path():
     assert sigmas[0] == pytest.approx(50.0, rel=1e-12)
     assert sigmas[-1] == pytest.approx(0.01, rel=1e-9)
     roots = [s ** (1 / 7) for s in sigmas]
-    assert [b - a for a, b in zip(roots, roots[1:])] == pytest.approx([roots[1] - roots[0]] * 4, rel=1e-8)
+    assert [b - a for a, b in itertools.pairwise(roots)] == pytest.approx([roots[1] - roots[0]] * 4, rel=1e-8)
 
 
 def test_karras_starts_at_its_sigma_max():
-    """"The N noise levels run from sigma_max to sigma_min inclusive where the path starts at a finite level"."""
+    """ "The N noise levels run from sigma_max to sigma_min inclusive where the path starts at a finite level"."""
     path = paths.EDM()
     times = grids.Karras(sigma_min=0.02, sigma_max=10.0).times(path, 6)
     assert [path(t).sigma for t in (times[0], times[-2])] == pytest.approx([10.0, 0.02], rel=1e-9)
@@ -232,9 +233,7 @@ def test_log_normal_outside_the_path_falls_on_its_ends():
     assert 0.1 < (t == 0.0).mean() < 0.25
 
 
-@pytest.mark.parametrize(
-    "density", [grids.Uniform(), grids.LogitNormal(), grids.UShaped(), grids.LogNormal()], ids=str
-)
+@pytest.mark.parametrize("density", [grids.Uniform(), grids.LogitNormal(), grids.UShaped(), grids.LogNormal()], ids=str)
 @given(u=st.lists(st.floats(1e-9, 1 - 1e-9), min_size=2, max_size=6))
 def test_quantiles_rise_within_the_path(density, u):
     t = density.quantile(torch.tensor(sorted(u), dtype=torch.float64), paths.VP())

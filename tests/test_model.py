@@ -121,6 +121,8 @@ def test_clock_of_steps_hits_the_integers(n, batch):
         t = 1 - i / (n - 1)
         model(normal(1, 2, dtype=torch.float32), torch.tensor([t], dtype=torch.float64) if batch else t)
         assert spy.t.tolist() == [float(i)]
+        model(normal(1, 2), t)
+        assert float(spy.t) == pytest.approx(i, abs=1e-12)  # float64, from a t that is itself rounded
     assert Clock.steps(n)(1.0) == 0.0
     assert Clock.steps(n)(0.0) == n - 1
 
@@ -430,7 +432,9 @@ def test_converting_a_converted_model_forgets_the_way():
     gm = mixture()
     direct = convert(gm.model(PATHS["rectified"]), PATHS["edm"], "noise")
     # VP's narrower range in between would lose the ends, were the conversions stacked.
-    around = convert(convert(convert(gm.model(PATHS["rectified"]), PATHS["ve"]), PATHS["discrete"], "v"), "edm", "noise")
+    around = convert(
+        convert(convert(gm.model(PATHS["rectified"]), PATHS["ve"]), PATHS["discrete"], "v"), "edm", "noise"
+    )
     for t in (0.0, 0.3, 1.0):
         x = state(gm, PATHS["edm"], t)
         for quantity in ("data", "noise", "velocity"):

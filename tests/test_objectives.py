@@ -112,7 +112,7 @@ def test_loss_of_a_converted_model_is_its_own():
 @pytest.mark.parametrize("name", ["rectified", "vp", "edm"])
 @pytest.mark.parametrize("t", [0.2, 0.5, 0.8])
 def test_minimum_is_the_irreducible_variance(name, t):
-    """For Normal(0, s²) data, Var(p data + q noise | x) = s² (p sigma - q alpha)² / V, and the exact model reaches it."""
+    """For Normal(0, s²) data Var(p data + q noise | x) = s² (p sigma - q alpha)² / V, which the exact model reaches."""
     gm, path, n = gaussian(0.0, 0.5), PATHS[name], 60_000
     model, c = gm.model(path), PATHS[name](t)
     data = gm.sample(n, seed=1, dtype=torch.float64)

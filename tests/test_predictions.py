@@ -186,7 +186,7 @@ def test_at_is_the_ddim_step(name):
             assert_equal_to(est.at(torch.full((16,), s, dtype=torch.float64)), expected, 1e-10)
     # Song et al. 2021, equation 12 with sigma = 0, in the paper's own terms.
     if name in ("vp", "discrete", "cosine"):
-        now, then = (torch.tensor(path(s).alpha**2, dtype=torch.float64) for s in (0.4, 0.7))
+        now, then = (torch.tensor(path(s).alpha ** 2, dtype=torch.float64) for s in (0.4, 0.7))
         predicted = (x - (1 - now).sqrt() * noise) / now.sqrt()
         published = then.sqrt() * predicted + (1 - then).sqrt() * noise
         assert_equal_to(model_giving(noise, path, "noise")(x, 0.4).at(0.7), published, 1e-12)

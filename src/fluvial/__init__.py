@@ -19,6 +19,10 @@ _NAMES = {
     "encode": "sampling",
     "Trajectory": "sampling",
     "Objective": "objectives",
+    "train": "training",
+    "Run": "training",
+    "load": "training",
+    "save": "training",
     "FluvialError": "errors",
 }
 _MODULES = (

@@ -24,18 +24,25 @@ GAMMAS = [0.1, 0.5, 1.0, 5.0, 20.0]
 def final_std(path, solver, times, start=None):
     """The standard deviation at the end of a run, from its rows; it starts at sigma(t0), or at `start`."""
     model = gaussian(0.0, DATA_STD).model(path)
+    assert model.prediction.name == "v"
     variance = path(times[0]).sigma ** 2 if start is None else start**2
     for step in plan(model, solver, times):
-        # Row 0 is the state at 1 without noise; each other row is one of the noises at 1, alone.
-        impulses = torch.eye(1 + len(step.noises), dtype=torch.float64)
-        slots = [impulses[:, :1]] + [None] * (step.slots - 1)
-        for k, slot in enumerate(step.noises):
-            slots[slot] = impulses[:, k + 1 : k + 2]
+        # Every slot as its dependence on the state, then on each of the step's noises.
+        size = 1 + len(step.noises)
+        slots = {0: [1.0] + [0.0] * (size - 1)}
+        slots |= {slot: [float(k + 1 == i) for i in range(size)] for k, slot in enumerate(step.noises)}
         for stage in step.stages:
-            slots[stage.slot] = stage.query.call(stage.state(slots), {})
-        gain, *shakes = step.next(slots).flatten().tolist()
+            alpha, sigma, *_ = stage.query.c
+            # E[v | x] = k x for data Normal(0, DATA_STD²).
+            k = alpha * sigma * (1 - DATA_STD**2) / (alpha**2 * DATA_STD**2 + sigma**2)
+            slots[stage.slot] = [k * number for number in mixed(stage.state, slots, size)]
+        gain, *shakes = mixed(step.next, slots, size)
         variance = gain**2 * variance + sum(b * b for b in shakes)
     return math.sqrt(variance)
+
+
+def mixed(recipe, slots, size):
+    return [sum(coefficient * slots[slot][i] for slot, coefficient in recipe.terms) for i in range(size)]
 
 
 def law(path, t):
@@ -103,10 +110,10 @@ def test_std_of_gaussian_samples_tends_to_the_truth(name, gamma):
 @pytest.mark.parametrize("name", ["rectified", "vp"])
 @pytest.mark.parametrize("t", [0.3, 0.6, 0.9])
 def test_law_between_is_the_paths(name, gamma, t):
-    found = errors(PATHS[name], fl.solvers.Langevin(gamma), [100, 400, 1600], t_end=t)
+    found = errors(PATHS[name], fl.solvers.Langevin(gamma), [100, 400, 1200], t_end=t)
     assert found[1] < 0.04, found
     # VP starts from sigma(0) noise, whose variance misses that of its law by alpha(0)² = 4e-5.
-    assert found[2] < max(0.4 * found[1], 2e-4), found
+    assert found[2] < max(0.5 * found[1], 2e-4), found
 
 
 @pytest.mark.parametrize(
@@ -137,8 +144,8 @@ def test_every_rate_keeps_the_law_on_every_path(name, solver, t):
 @pytest.mark.parametrize("gamma", [0.5, 20.0])
 @pytest.mark.parametrize("name", ["rectified", "vp"])
 def test_samples_have_the_std_that_was_planned(name, gamma):
-    """What runs is what was planned: 16,384 samples of 400 steps, within their own error and 2 % of the truth."""
-    path, n = PATHS[name], 16_384
+    """What runs is what was planned: 8,192 samples of 400 steps, within their own error and 2 % of the truth."""
+    path, n = PATHS[name], 8192
     solver = fl.solvers.Langevin(gamma)
     x = fl.sample(gaussian(0.0, DATA_STD).model(path), (n, 1), solver=solver, steps=400, seed=0).double()
     planned = final_std(path, solver, [k / 400 for k in range(400)] + [1.0])
@@ -152,8 +159,8 @@ def test_samples_have_the_std_that_was_planned(name, gamma):
 @pytest.mark.parametrize("solver", [fl.solvers.Langevin(1.0), fl.solvers.EulerMaruyama(1.0), fl.solvers.DDIM(1.0)])
 def test_mixture_keeps_its_weights_and_widths(solver):
     """Not only for Gaussians: each component gets its share and its own spread."""
-    gm, n = mixture(), 4000
-    x = fl.sample(gm.model(PATHS["cosine"]), (n, 2), solver=solver, steps=300, seed=3).double()
+    gm, n = mixture(), 3000
+    x = fl.sample(gm.model(PATHS["cosine"]), (n, 2), solver=solver, steps=250, seed=3).double()
     label = (torch.cdist(x, gm.means) / gm.stds).argmin(1)
     true = gm.sample(200_000, seed=1, dtype=torch.float64)
     true_label = (torch.cdist(true, gm.means) / gm.stds).argmin(1)

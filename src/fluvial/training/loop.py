@@ -42,7 +42,8 @@ class Loop:
     def __init__(
         self, model: Model, source: Source, objective: Objective, settings: Settings, folder: Path | None
     ) -> None:
-        self.accelerator = Accelerator()
+        # Without being told so, Accelerate takes several processes on processors alone for as many single ones.
+        self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         if self.accelerator.mixed_precision != "no":
             raise OptionError(
                 f"accelerate was launched with mixed precision {self.accelerator.mixed_precision}; expected none "
