@@ -61,7 +61,7 @@ def train(
     coupling: Annotated[str, typer.Option(help="independent or ot.")] = "independent",
     drop_cond: Annotated[float, typer.Option(help="Share of conditions hidden in training, for guidance.")] = 0.1,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16.")] = "auto",
     image_size: Annotated[int | None, typer.Option(help="Resize and crop images to this.")] = None,
 ) -> None:
     """Train a model, or go on with an interrupted run: the same command resumes exactly."""

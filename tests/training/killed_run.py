@@ -16,12 +16,17 @@ import traceback
 from collections.abc import Callable
 
 import torch
-from accelerate import Accelerator  # noqa: F401  here, so that the attempts need not import it
+
+# What the attempts would each import again: optimisers need dynamo.
+import torch._dynamo
+import torch._inductor
 from torch import nn
 
 from fluvial.model import Model
-from fluvial.training import loop  # noqa: F401  likewise
+from fluvial.training import loop
 from fluvial.training.trainer import train
+
+_USED_LATER = (loop, torch._dynamo, torch._inductor)
 
 STEPS = 40
 
@@ -60,10 +65,11 @@ def killed_at_operation(number: int) -> None:
             count += 1
             if count == number and number % 2:
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = operation(*arguments, **options)
-            if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+            try:
+                return operation(*arguments, **options)
+            finally:
+                if count == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         return counted
 

@@ -236,7 +236,9 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, str]:
     words["samples"] = "of any shape" if convention["shape"] is None else " x ".join(map(str, convention["shape"]))
     n = convention["normalisation"]
     if n["low"] is not None:
-        words["data units"] = f"from {n['low']:g} to {n['high']:g}, mean {n['mean']:.4g}, std {n['std']:.4g}"
+        words["data units"] = ", ".join(
+            f"{key} {n[key]:.4g}" for key in ("low", "high", "mean", "std") if n[key] is not None
+        )
     words["score"] = "yes" if convention["independent"] else "no: its noise is not independent of its data"
     if convention["null"]:
         words["conditions"] = ", ".join(f"{name} ({value} is none)" for name, value in convention["null"].items())
