@@ -35,7 +35,7 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the trace
 @app.command()
 def quickstart(
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("quickstart"),
-    steps: Annotated[int | None, typer.Option(help="Training steps (default 1800).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps (default 1000).")] = None,
 ) -> None:
     """Train on real handwritten digits and report on flow and diffusion, in about five minutes. No download."""
     from fluvial.show import quickstart as job

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -59,6 +59,15 @@ def checked_seed(seed: int | None) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
         raise OptionError(f"seed is {seed!r}; expected a whole number from 0 to 2**64 - 1")
     return seed
+
+
+def guided(model: Model, guidance: Callable[[Model], Model] | None) -> Model:
+    """The model under this guidance."""
+    if guidance is None:
+        return model
+    if not callable(guidance):
+        raise OptionError(f"guidance is {guidance!r}; expected an object such as fl.guidance.CFG(scale=3.0)")
+    return guidance(model)
 
 
 def as_state(x: Tensor) -> Tensor:

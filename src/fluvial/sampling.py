@@ -162,8 +162,7 @@ def sample(
         DependenceError: for a stochastic solver on a model whose noise is not independent of its data.
     """
     solver = solvers.named(solver)
-    if guidance is not None:
-        model = guidance(model)
+    model = inputs.guided(model, guidance)
     if solver.stochastic and not model.independent:
         raise DependenceError(
             f"solver {solver.name} needs the score, and this model's noise is not independent of its data (trained on "
@@ -239,7 +238,7 @@ def encode(
     solver = solvers.named(solver)
     if solver.stochastic:
         raise OptionError(f"solver {solver.name} is stochastic and cannot be run backwards; expected an ODE solver")
-    model = model if guidance is None else guidance(model)
+    model = inputs.guided(model, guidance)
     nodes = grids.resolve(times, model.path, steps, DEFAULT_STEPS)
     if nodes[-1] != 1.0:
         raise OptionError(f"times end at {nodes[-1]:g}; expected an end at 1, where the data are")

@@ -326,6 +326,17 @@ def test_bf16_loss_is_that_of_fp32():
     assert losses["bf16"] != losses["fp32"]
 
 
+def test_pairs_bring_their_noise():
+    pairs = {**POINTS, "noise": torch.randn(60, 2, generator=torch.Generator().manual_seed(3))}
+    model = small()
+    quick(model, pairs, objective=objectives.Objective(coupling="pairs"))
+    assert not model.independent
+    with pytest.raises(OptionError, match="has stored noise"):
+        quick(small(), pairs)
+    with pytest.raises(OptionError, match="has no stored noise"):
+        quick(small(), objective=objectives.Objective(coupling="pairs"))
+
+
 def test_streams_train(tmp_path):
     chunks = [torch.randn(10, 2, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     run = quick(small({"data": torch.cat(chunks)}), chunks, out=tmp_path / "a", steps=5)

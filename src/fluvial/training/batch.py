@@ -78,10 +78,14 @@ def already_coupled(objective: Objective) -> Objective:
     return replace(objective, coupling="pairs")
 
 
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """For torch's generator, from which the network's dropout draws."""
+def seed_torch(seed: int, step: int, rank: int, device: torch.device) -> None:
+    """Makes what the network's dropout draws in this step a function of the seed, the step and the process."""
     digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    number = int.from_bytes(digest, "little") >> 1
+    # Not torch.manual_seed: where there is no GPU it keeps a note of every call, for one that might yet appear.
+    torch.default_generator.manual_seed(number)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(number)
 
 
 def ahead(rows: Iterator[Rows]) -> Iterator[Rows]:

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
-from fluvial.errors import NonFiniteError, OptionError
+from fluvial.errors import NonFiniteError
 from fluvial.model import Model
 from fluvial.objectives import Objective
-from fluvial.training import atomic, batch, preview
+from fluvial.training import atomic, batch, opening, preview
 from fluvial.training import precision as precisions
 from fluvial.training.batch import Batch
 from fluvial.training.checkpoints import config_of, fill, weights_of
@@ -25,7 +24,7 @@ from fluvial.training.ema import EMA
 from fluvial.training.interrupts import Interrupts, RunInterrupted
 from fluvial.training.meter import Meter, Watch, culprit
 from fluvial.training.progress import Bar, bar
-from fluvial.training.runs import Run, RunFolder, State, require_same
+from fluvial.training.runs import Run, RunFolder, State
 from fluvial.training.settings import Settings, describe_training
 from fluvial.training.source import Rows, Source, Tensors
 
@@ -42,13 +41,7 @@ class Loop:
     def __init__(
         self, model: Model, source: Source, objective: Objective, settings: Settings, folder: Path | None
     ) -> None:
-        # Without being told so, Accelerate takes several processes on processors alone for as many single ones.
-        self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-        if self.accelerator.mixed_precision != "no":
-            raise OptionError(
-                f"accelerate was launched with mixed precision {self.accelerator.mixed_precision}; expected none "
-                "there: fl.train(precision=…) decides it, and stores it with the run"
-            )
+        self.accelerator = opening.accelerator()
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         self.place = self.accelerator.process_index, self.accelerator.num_processes
         self.several = self.place[1] > 1
@@ -68,7 +61,13 @@ class Loop:
         self.network: nn.Module = self.model.network  # type: ignore[assignment]
         # The first process writes what the others then read.
         with self.accelerator.main_process_first():
-            self._open(precision, channels_last)
+            if self.folder is None:
+                self.precision = self._choose(precision, channels_last)
+            else:
+                config = config_of(self.model)
+                config["training"] = describe_training(self.settings, self.objective, self.source)
+                asked = opening.Asked(self.settings, precision, channels_last)
+                self.precision = opening.open_run(self.folder, config, asked, self._choose, writes=self.main)
         if progress and self.main:
             layout = ", channels last" if self.precision.channels_last else ""
             print(f"training on {self.device} in {self.precision.precision}{layout} ({self.precision.why})")
@@ -91,34 +90,6 @@ class Loop:
         self.accelerator.wait_for_everyone()
         if state is None:
             self._save()
-
-    def _open(self, precision: str, channels_last: bool | str) -> None:
-        """Decides what the folder must agree with, or agrees with it."""
-        if self.folder is None:
-            self.precision = self._choose(precision, channels_last)
-            return
-        config, existing = config_of(self.model), self.folder.config()
-        config["training"] = describe_training(self.settings, self.objective, self.source)
-        if existing is None:
-            self.precision = self._choose(precision, channels_last)
-        else:
-            # What was chosen stays, on any machine: it is part of what the weights will be.
-            stored = existing["training"]
-            asked = stored["precision"] if precision == "auto" else precision
-            last = stored["channels_last"] if channels_last == "auto" else channels_last
-            self.precision = precisions.Choice(asked, bool(last), stored["precision_why"])
-        config["training"] |= {
-            "precision": self.precision.precision,
-            "channels_last": self.precision.channels_last,
-            "precision_why": self.precision.why,
-        }
-        if existing is not None:
-            require_same(self.folder.path, existing, config)
-            self.settings.allow_more(existing["training"]["steps"], self.folder.step() or 0)
-        if self.main:
-            if config != existing:
-                self.folder.write_config(config)
-            self.folder.recover()
 
     def _choose(self, precision: str, channels_last: bool | str) -> precisions.Choice:
         if precision == "auto" and self.several and self.folder is None and self.device.type == "cpu":
@@ -195,7 +166,7 @@ class Loop:
         settings, objective = self.settings, self.objective
         for group in self.optimiser.param_groups:
             group["lr"] = settings.rate(self.step)
-        torch.manual_seed(batch.step_seed(settings.seed, self.step, self.place[0]))
+        batch.seed_torch(settings.seed, self.step, self.place[0], self.device)
         given = self._prepare(rows)
         if self.whole:
             given = batch.coupled_share(given, objective, settings.seed, *self.place)
@@ -218,9 +189,7 @@ class Loop:
     def _clip(self) -> torch.Tensor:
         """Clips the gradient, and returns the norm it had."""
         limit = math.inf if self.settings.clip is None else self.settings.clip
-        norm = self.accelerator.clip_grad_norm_(self.parameters, limit)
-        assert isinstance(norm, torch.Tensor)
-        return norm.detach()
+        return nn.utils.clip_grad_norm_(self.parameters, limit).detach()
 
     # What happens between them
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fluvial import predictions
+from fluvial import couplings, predictions
 from fluvial.convention import Clock, Normalisation
 from fluvial.errors import OptionError, ShapeError
 from fluvial.model import Model
@@ -66,7 +66,7 @@ def train(
         objective: what is minimised; default: the error of the model's own prediction.
         steps: how many in all.
         batch_size: samples per step, over all processes together.
-        out: the run folder. None: nothing is written, and nothing can be resumed.
+        out: the run folder, one that all processes see. None: nothing is written, and nothing can be resumed.
         seed: of the order of the data, their noise, times and dropped conditions, and of the network's dropout.
         drop_cond: the share of samples whose conditions are replaced by the model's null ones.
         lr, warmup, schedule: AdamW's learning rate; it rises linearly for `warmup` steps, then stays ("constant") or
@@ -121,6 +121,13 @@ def adopt(model: Model, source: Source, objective: Objective, drop_cond: float) 
     if model.shape is not None and model.shape != source.shape:
         raise ShapeError(
             f"the model is for samples {model.shape}, and {source.name} has {source.shape}; expected the same"
+        )
+    paired = isinstance(couplings.named(objective.coupling), couplings.Pairs)
+    if paired != ("noise" in source.conditions):
+        has = "no stored noise" if paired else "stored noise"
+        raise OptionError(
+            f'coupling is {objective.coupling!r}, and {source.name} has {has}; expected "pairs" with a source that '
+            'gives "noise" beside its data, and with no other'
         )
     nameless = [name for name in source.conditions if name not in (model.null or {}) and name != "noise"]
     if nameless and drop_cond > 0:
