@@ -7,6 +7,8 @@ Prints how often it was killed. Each attempt is a fork, so that it costs no impo
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import random
 import signal
@@ -14,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -77,8 +80,16 @@ def killed_at_operation(number: int) -> None:
         setattr(os, name, lethal(getattr(os, name)))
 
 
-def survived(folder: str, prepare: Callable[[], None] | None, seconds: float | None) -> bool:
-    """One attempt in a fork: whether it came to its end."""
+def step(folder: str) -> int:
+    """The step of the run's last state."""
+    with contextlib.suppress(OSError):
+        return json.loads(Path(folder, "state", "latest.json").read_text())["step"]
+    return 0
+
+
+def survived(folder: str, prepare: Callable[[], None] | None = None, steps: int = 0, seconds: float = 0) -> bool:
+    """One attempt in a fork, killed `seconds` after it made `steps`: whether it came to its end all the same."""
+    begun = step(folder)
     child = os.fork()
     if child == 0:
         code = 1
@@ -91,7 +102,9 @@ def survived(folder: str, prepare: Callable[[], None] | None, seconds: float | N
             traceback.print_exc()
         finally:
             os._exit(code)
-    if seconds is not None:
+    if seconds:
+        while step(folder) < begun + steps and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            time.sleep(0.001)
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
@@ -104,13 +117,13 @@ def main(folder: str, how: str) -> None:
     torch.set_num_threads(1)
     draw, kills = random.Random(0), 0
     if how == "moments":
-        # The first are early, while the folder is being made; the rest fall anywhere.
-        for seconds in (0.02, 0.06, 0.15, *(draw.uniform(0.1, 0.4) for _ in range(4))):
-            kills += not survived(folder, None, seconds)
+        # The first while the folder is being made; the others anywhere in a step, the next step, or between.
+        for steps in (0, 0, 1, 2, 4, 3, 5):
+            kills += not survived(folder, steps=steps, seconds=draw.uniform(0.001, 0.03))
     if how == "operations":
         for number in [*range(1, 24), *(draw.randrange(24, 80) for _ in range(5))]:
-            kills += not survived(folder, lambda number=number: killed_at_operation(number), None)
-    if not survived(folder, None, None):
+            kills += not survived(folder, lambda number=number: killed_at_operation(number))
+    if not survived(folder):
         sys.exit("the last attempt died")
     print(kills)
 

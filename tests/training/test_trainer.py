@@ -55,6 +55,7 @@ def test_folder_explains_itself(tmp_path):
     assert {path.name for path in out.iterdir()} == names
     assert [path.name for path in sorted((out / "sheets").iterdir())] == ["step-000003.png", "step-000006.png"]
     assert [path.name for path in (out / "state").glob("step-*")] == ["step-000006"]
+    assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
     info = sheets.read_info(out / "sheets" / "step-000006.png")
     assert info["model"] == model_hash(out) == model_hash(run.ema)
     assert (info["solver"], info["nfe"], info["seed"], info["step"]) == ("heun", 19, 0, 6)

@@ -32,6 +32,7 @@ figure svg, figure img { display: block; max-width: 100%; height: auto; margin: 
 figure img { image-rendering: pixelated; }
 figcaption { color: var(--soft); font-size: .88em; line-height: 1.5; margin-top: .6em; }
 .row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(230px, 100%), 1fr)); gap: 18px; }
+.row.wide { grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); }
 .row figure { margin: .6em 0; }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 1.6em 0; }
 .fact { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; }
@@ -72,12 +73,13 @@ def facts(items: Iterable[tuple[str, str]]) -> str:
 
 def figure(content: str, caption: str = "") -> str:
     """A figure from `svg` or `image`, with its caption."""
-    return f"<figure>{content}<figcaption>{caption}</figcaption></figure>"
+    told = f"<figcaption>{caption}</figcaption>" if caption else ""
+    return f"<figure>{content}{told}</figure>"
 
 
-def row(figures: Iterable[str]) -> str:
-    """Figures side by side, one below the other on a narrow screen."""
-    return f'<div class="row">{"".join(figures)}</div>'
+def row(figures: Iterable[str], kind: str = "") -> str:
+    """Figures side by side, one below the other on a narrow screen; of kind "wide", two at the most."""
+    return f'<div class="row {kind}">{"".join(figures)}</div>'
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 BLUE, ORANGE, GREEN, RED, GREY = "#1f6fb4", "#d9772b", "#3a9668", "#b8405e", "#8a96a3"
 
 
-def _axes(width: float = 7.4, height: float = 3.9, columns: int = 1) -> tuple[Any, Any]:
-    """A figure in the house style, and its axes (one, or an array)."""
+def _axes(width: float = 7.4, height: float = 3.9) -> tuple[Any, Any]:
+    """A figure in the house style, and its axes."""
     import matplotlib
 
     matplotlib.use("agg", force=False)
@@ -29,11 +29,12 @@ def _axes(width: float = 7.4, height: float = 3.9, columns: int = 1) -> tuple[An
             "axes.spines.right": False,
             "axes.edgecolor": GREY,
             "axes.grid": True,
+            "axes.axisbelow": True,
             "grid.color": "#e6eaee",
             "legend.frameon": False,
         }
     )
-    return plt.subplots(1, columns, figsize=(width, height), layout="constrained")
+    return plt.subplots(figsize=(width, height), layout="constrained")
 
 
 def loss(metrics: Sequence[Mapping[str, Any]]) -> Any:
@@ -48,7 +49,7 @@ def loss(metrics: Sequence[Mapping[str, Any]]) -> Any:
         points = [(m["step"], m["loss_by_log_snr"].get(name)) for m in metrics]
         points = [(step, value) for step, value in points if value is not None]
         if points:
-            axes.plot(*zip(*points), color=shades(number), lw=1.1, label=f"log-SNR {name}")
+            axes.plot(*zip(*points), color=shades(number), lw=1.1, label=f"log-SNR {_range(name)}")
     axes.plot(steps, [m["loss"] for m in metrics], color="#1c2430", lw=2.2, label="all")
     first, last = metrics[0]["loss"], metrics[-1]["loss"]
     axes.set(
@@ -71,71 +72,102 @@ def loss_by_log_snr(metrics: Sequence[Mapping[str, Any]]) -> Any:
         values.append(sum(known) / len(known) if known else 0.0)
     axes.bar(range(len(names)), values, color=BLUE, width=0.7)
     worst = names[values.index(max(values))]
-    axes.set_xticks(range(len(names)), names, rotation=20)
+    axes.set_xticks(range(len(names)), [_range(name) for name in names], rotation=20)
     axes.set(
         xlabel="log-SNR (noise on the left, data on the right)",
         ylabel="mean squared error",
-        title=f"Most of the loss is left at log-SNR {worst}",
+        title=f"Most of the loss is left at log-SNR {_range(worst)}",
     )
     axes.grid(axis="x", visible=False)
     return figure
 
 
-def quality(rows: Sequence[Mapping[str, Any]], floor: float) -> Any:
-    """Frechet distance and recognised share by NFE, a line per sampler. rows: sampler, nfe, frechet, recognised."""
-    figure, (left, right) = _axes(width=9.6, columns=2)
-    colours = dict(zip(dict.fromkeys(r["sampler"] for r in rows), (GREY, BLUE, ORANGE, GREEN, RED)))
-    for sampler, colour in colours.items():
+def _range(name: str) -> str:
+    """A bin of the metrics, "-8..-6", in words."""
+    low, high = name.split("..")
+    return f"{low} to {high}" if low and high else f"below {high}" if high else f"above {low}"
+
+
+def frechet(rows: Sequence[Mapping[str, Any]], floor: float) -> Any:
+    """Frechet distance by NFE, a line per sampler. rows: sampler, nfe, frechet."""
+    figure, axes = _by_nfe(rows, lambda r: r["frechet"])
+    axes.axhline(floor, color=GREY, ls=":", label="real to real")
+    best = min(rows, key=lambda r: r["frechet"])
+    axes.set(yscale="log", ylabel="squared Fréchet distance")
+    axes.set_title(f"Closest to the data: {best['sampler']}, {best['nfe']} NFE")
+    axes.legend(fontsize=9)
+    return figure
+
+
+def recognised(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """The share recognised as the class asked for, by NFE. rows: sampler, nfe, recognised."""
+    figure, axes = _by_nfe(rows, lambda r: 100 * r["recognised"])
+    least = min(r["recognised"] for r in rows)
+    axes.set(
+        ylabel="recognised as the class asked for (%)", title=f"At least {100 * least:.1f} % are recognised throughout"
+    )
+    return figure
+
+
+def spread(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Within-class variance by NFE, as a ratio to the real data's. rows: sampler, nfe, spread."""
+    figure, axes = _by_nfe(rows, lambda r: r["spread"])
+    axes.axhline(1.0, color=GREY, ls=":", label="real digits")
+    few = min(rows, key=lambda r: r["nfe"])
+    axes.set(ylim=(0, None), ylabel="within-class variance, ratio to real")
+    axes.set_title(f"At {few['nfe']} NFE only {100 * few['spread']:.0f} % of a class's variety is there")
+    axes.legend(fontsize=9)
+    return figure
+
+
+def _by_nfe(rows: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float]) -> tuple[Any, Any]:
+    """A line per sampler against NFE."""
+    figure, axes = _axes(5.4, 4.0)
+    for sampler, colour in zip(dict.fromkeys(r["sampler"] for r in rows), (GREY, BLUE, ORANGE, GREEN, RED)):
         mine = [r for r in rows if r["sampler"] == sampler]
-        nfe = [r["nfe"] for r in mine]
-        left.plot(nfe, [r["frechet"] for r in mine], "o-", color=colour, label=sampler, ms=4)
-        right.plot(nfe, [100 * r["recognised"] for r in mine], "o-", color=colour, label=sampler, ms=4)
-    left.axhline(floor, color=GREY, ls=":", label="real against real")
-    best = min(rows, key=lambda r: r["frechet"])
-    left.set(xscale="log", yscale="log", xlabel="network evaluations (NFE)", ylabel="squared Fréchet distance")
-    left.set_title(f"Closest to the data: {best['sampler']} at {best['nfe']} NFE")
-    right.set(xscale="log", xlabel="network evaluations (NFE)", ylabel="recognised as the class asked for (%)")
-    enough = [r["nfe"] for r in rows if r["recognised"] >= 0.95]
-    right.set_title(f"95 % are recognised from {min(enough)} NFE" if enough else "No sampler reaches 95 % recognised")
-    for axes in (left, right):
-        ticks = sorted({r["nfe"] for r in rows if r["nfe"] in (1, 2, 4, 8, 16, 32, 64)})
-        axes.set_xticks(ticks, [str(t) for t in ticks])
-        axes.minorticks_off()
-    left.legend(fontsize=9)
+        axes.plot([r["nfe"] for r in mine], [value(r) for r in mine], "o-", color=colour, label=sampler, ms=4)
+    axes.set(xscale="log", xlabel="network evaluations (NFE)")
+    ticks = sorted({r["nfe"] for r in rows if r["nfe"] in (1, 2, 4, 8, 16, 32, 64)})
+    axes.set_xticks(ticks, [str(t) for t in ticks])
+    axes.minorticks_off()
+    return figure, axes
+
+
+def gamma_spread(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Within-class variance by Langevin rate. rows: gamma, spread (ratio to real)."""
+    figure, axes = _by_gamma(rows, "spread", ORANGE)
+    axes.axhline(1.0, color=GREY, ls=":", label="real digits")
+    change = rows[-1]["spread"] / rows[0]["spread"] - 1
+    axes.set(ylim=(0, None), ylabel="within-class variance, ratio to real")
+    axes.set_title(f"From gamma 0 to {rows[-1]['gamma']:g} it changes by {change:+.0%}")
+    axes.legend(fontsize=9, loc="lower right")
     return figure
 
 
-def gamma_sweep(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Within-class spread and distance against gamma. rows: gamma, spread (ratio to real), frechet, recognised."""
-    figure, (left, right) = _axes(width=9.6, height=3.6, columns=2)
-    positions = range(len(rows))
-    labels = ["0 (ODE)" if r["gamma"] == 0 else f"{r['gamma']:g}" for r in rows]
-    left.axhline(1.0, color=GREY, ls=":", label="real digits")
-    left.plot(positions, [r["spread"] for r in rows], "o-", color=ORANGE, label="generated digits")
-    ode, top = rows[0]["spread"], rows[-1]["spread"]
-    change = "narrower" if top < ode else "wider"
-    left.set_title(f"From gamma 0 to {rows[-1]['gamma']:g} classes get {abs(1 - top / ode):.0%} {change}")
-    left.set(xlabel="Langevin rate gamma", ylabel="within-class variance, ratio to real")
-    left.legend(fontsize=9)
-    right.plot(positions, [r["frechet"] for r in rows], "o-", color=BLUE)
+def gamma_frechet(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Frechet distance by Langevin rate. rows: gamma, frechet."""
+    figure, axes = _by_gamma(rows, "frechet", BLUE)
     best = min(rows, key=lambda r: r["frechet"])
-    right.set_title(f"Closest to the data at gamma {best['gamma']:g}")
-    right.set(xlabel="Langevin rate gamma", ylabel="squared Fréchet distance")
-    for axes in (left, right):
-        axes.set_xticks(positions, labels)
+    axes.set(ylim=(0, None), ylabel="squared Fréchet distance", title=f"Closest to the data at gamma {best['gamma']:g}")
     return figure
 
 
-def trajectories(ode: Any, sde: Any, data: Any, gamma: float) -> Any:
-    """Paths of the same noise through an exact 2-D mixture, ODE beside SDE: (steps + 1, B, 2) states, (n, 2) data."""
-    figure, panels = _axes(width=9.6, height=4.8, columns=2)
-    for axes, states, name, colour in zip(panels, (ode, sde), ("ODE", f"SDE, gamma = {gamma:g}"), (BLUE, ORANGE)):
-        axes.scatter(*data.T, s=3, color=GREY, alpha=0.35, lw=0, label="data")
-        axes.plot(states[:, :, 0], states[:, :, 1], color=colour, lw=0.7, alpha=0.7)
-        axes.scatter(*states[0].T, s=10, color="#1c2430", zorder=3, label="noise (start)")
-        axes.scatter(*states[-1].T, s=14, color=RED, zorder=4, label="sample (end)")
-        axes.set(aspect="equal", xlabel="first coordinate", ylabel="second coordinate", title=name)
-    panels[0].set_title("The ODE's paths are smooth and never cross")
-    panels[1].set_title(f"The SDE (gamma {gamma:g}) wanders to the same law")
-    panels[0].legend(fontsize=9, loc="upper right")
+def _by_gamma(rows: Sequence[Mapping[str, Any]], key: str, colour: str) -> tuple[Any, Any]:
+    figure, axes = _axes(5.4, 3.6)
+    axes.plot(range(len(rows)), [r[key] for r in rows], "o-", color=colour, label="generated digits")
+    axes.set_xticks(range(len(rows)), ["0 (ODE)" if r["gamma"] == 0 else f"{r['gamma']:g}" for r in rows])
+    axes.set_xlabel("Langevin rate gamma")
+    return figure, axes
+
+
+def trajectories(states: Any, data: Any, colour: str, title: str) -> Any:
+    """Paths of noise through an exact 2-D mixture: (steps + 1, B, 2) states, (n, 2) data."""
+    figure, axes = _axes(5.4, 5.2)
+    axes.scatter(*data.T, s=3, color=GREY, alpha=0.35, lw=0, label="data")
+    axes.plot(states[:, :, 0], states[:, :, 1], color=colour, lw=0.7, alpha=0.7)
+    axes.scatter(*states[0].T, s=10, color="#1c2430", zorder=3, label="noise (start)")
+    axes.scatter(*states[-1].T, s=14, color=RED, zorder=4, label="sample (end)")
+    axes.set(aspect="equal", xlim=(-3.6, 3.6), ylim=(-3.4, 3.8), title=title)
+    axes.set(xlabel="first coordinate", ylabel="second coordinate")
+    axes.legend(fontsize=8.5, loc="upper right")
     return figure

@@ -78,7 +78,8 @@ def run(folder: str | os.PathLike[str], say: Callable[[str], None] = print, step
     results["seconds"] = time.perf_counter() - started
     say("4/4  writing the report")
     (folder / "results.json").write_text(json.dumps(results, indent=2))
-    samples = {"headline": headline_samples, "notations": notation_samples, "gamma": gamma_samples}
+    real = torch.stack([digits.images[digits.labels == digit][0] for digit in range(10)])
+    samples = {"headline": headline_samples, "notations": notation_samples, "gamma": gamma_samples, "real": real}
     return write(folder, results, samples, trained.metrics, mixture_paths())
 
 

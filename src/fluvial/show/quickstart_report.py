@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fluvial import __version__, sheets
@@ -25,7 +26,7 @@ def write(
     info = {"model": results["model_hash"], "seed": 1, "grid": "uniform", "fluvial": __version__}
     _save_sheets(folder, samples, info, results)
     parts = [
-        *_opening(results, samples["headline"]),
+        *_opening(results, samples["headline"], samples["real"]),
         *_training(results, metrics),
         *_notations(results, samples["notations"]),
         *_quality(results),
@@ -47,11 +48,13 @@ def _save_sheets(folder: Path, samples: Mapping[str, Any], info: dict[str, Any],
         sheets.save(picture, folder / f"gamma-{gamma}.png", told)
 
 
-def _sheet(x: Tensor, alt: str, columns: int = 10, scale: int = 6) -> str:
-    return page.image(sheets.sheet(x, columns=columns, scale=scale, low=LOW, high=HIGH), alt)
+def _sheet(x: Tensor, alt: str, columns: int = 10, scale: int = 8) -> str:
+    """Digits on the page, smoothed between their 8x8 pixels for the eye; the PNG files have the pixels as they are."""
+    smooth = torch.nn.functional.interpolate(x, scale_factor=scale, mode="bicubic").clamp(LOW, HIGH)
+    return page.image(sheets.sheet(smooth, columns=columns, scale=1, low=LOW, high=HIGH), alt)
 
 
-def _opening(results: Mapping[str, Any], x: Tensor) -> list[str]:
+def _opening(results: Mapping[str, Any], x: Tensor, real: Tensor) -> list[str]:
     head = results["headline"]
     return [
         page.paragraph(
@@ -71,9 +74,11 @@ def _opening(results: Mapping[str, Any], x: Tensor) -> list[str]:
             ]
         ),
         page.figure(
-            _sheet(x, "sixty generated digits, six of each class", scale=8),
-            f"Generated digits, classes 0 to 9 from left to right: natural Euler (DDIM), {head['nfe']} NFE, seed 1.",
+            _sheet(x, "sixty generated digits, six of each class"),
+            f"Generated digits, classes 0 to 9 from left to right: natural Euler (DDIM), {head['nfe']} NFE, seed 1. "
+            "They are 8x8 pixels, smoothed here for the eye.",
         ),
+        page.figure(_sheet(real, "ten real digits"), "Real digits, for comparison: the first of each class."),
     ]
 
 
@@ -116,8 +121,8 @@ def _notations(results: Mapping[str, Any], samples: Mapping[str, Tensor]) -> lis
         page.table(["solver", "path", "largest pixel difference to rectified, of 16"], rows),
         page.paragraph(
             f"Natural Euler (DDIM) takes the same step in every notation, so the samples agree to {worst:.0e} of 16: "
-            "rounding. Heun integrates on each path's own clock; its small differences are those of its steps, and "
-            "vanish as they shrink."
+            "rounding. Heun integrates on each path's own clock: what it differs by is the error of 21 steps on a "
+            "clock that suits the path more or less well, not of the conversion, and vanishes as the steps shrink."
         ),
     ]
 
@@ -135,7 +140,7 @@ def _quality(results: Mapping[str, Any]) -> list[str]:
         )
         for r in results["quality"]
     ]
-    floor = results["floor"]
+    floor, quality = results["floor"], results["quality"]
     return [
         page.heading("Quality against network evaluations"),
         page.paragraph(
@@ -143,17 +148,28 @@ def _quality(results: Mapping[str, Any]) -> list[str]:
             "Distances are squared Fréchet distances on features of a small classifier trained on the spot, "
             "1,000 samples against all 1,797 real digits."
         ),
-        page.figure(
-            page.svg(plots.quality(results["quality"], floor["mean"]), "quality against NFE"),
-            f"Reader: {results['classifier']}. Real against real, {floor['n']} digits a side: "
-            f"{floor['mean']:.2f} ± {floor['std']:.2f}.",
+        page.row(
+            [
+                page.figure(page.svg(plots.frechet(quality, floor["mean"]), "Fréchet distance by NFE")),
+                page.figure(page.svg(plots.spread(quality), "within-class variance by NFE")),
+            ],
+            "wide",
         ),
+        page.paragraph(
+            f"Reader: {results['classifier']}. Real to real, {floor['n']} digits a side of the same classes: "
+            f"{floor['mean']:.2f} ± {floor['std']:.2f}. One evaluation can only give the mean of a class: every such "
+            "digit is recognised, and nearly all variety is missing. So recognition alone is no measure of quality, "
+            "and is shown beside the distance and the spread."
+        ),
+        page.figure(page.svg(plots.recognised(quality), "share recognised by NFE")),
         page.table(header, rows),
     ]
 
 
 def _mixture(mixture: Mapping[str, Any]) -> list[str]:
-    figure = plots.trajectories(mixture["ode"], mixture["sde"], mixture["data"], mixture["gamma"])
+    ode = plots.trajectories(mixture["ode"], mixture["data"], plots.BLUE, "The ODE's paths are smooth")
+    rough = f"The SDE's (gamma {mixture['gamma']:g}) wander to the same law"
+    sde = plots.trajectories(mixture["sde"], mixture["data"], plots.ORANGE, rough)
     return [
         page.heading("What the solvers do, where everything is known"),
         page.paragraph(
@@ -161,14 +177,17 @@ def _mixture(mixture: Mapping[str, Any]) -> list[str]:
             "noise goes to the data by the ODE and by the Langevin-corrected SDE: at every time both have the same "
             "distribution, along different paths."
         ),
-        page.figure(page.svg(figure, "trajectories of ODE and SDE"), "Sixty starts, 150 steps each, five modes."),
+        page.row(
+            [page.figure(page.svg(ode, "paths of the ODE")), page.figure(page.svg(sde, "paths of the SDE"))], "wide"
+        ),
+        page.paragraph("Sixty starts, the same in both pictures; 150 steps each; five modes."),
     ]
 
 
 def _gamma(results: Mapping[str, Any], samples: Mapping[str, Tensor]) -> list[str]:
     rows = results["gamma"]
     shown = [
-        page.figure(_sheet(x, f"digits at gamma {gamma}", columns=5, scale=5), f"gamma = {gamma}")
+        page.figure(_sheet(x, f"digits at gamma {gamma}", columns=5), f"gamma = {gamma}")
         for gamma, x in samples.items()
     ]
     return [
@@ -179,7 +198,14 @@ def _gamma(results: Mapping[str, Any], samples: Mapping[str, Tensor]) -> list[st
             "gamma pulls samples towards the middle of their class. The within-class variance, as a ratio to that of "
             f"the real digits, shows it; all at {rows[0]['nfe']} NFE, so that gamma 0 (the ODE) is the yardstick."
         ),
-        page.figure(page.svg(plots.gamma_sweep(rows), "gamma sweep"), "600 samples at each gamma, 20 of them below."),
+        page.row(
+            [
+                page.figure(page.svg(plots.gamma_spread(rows), "within-class variance by gamma")),
+                page.figure(page.svg(plots.gamma_frechet(rows), "Fréchet distance by gamma")),
+            ],
+            "wide",
+        ),
+        page.paragraph("600 samples at each gamma, 20 of them below."),
         page.row(shown),
     ]
 

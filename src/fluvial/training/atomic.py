@@ -105,8 +105,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: Any) -> None:
     """A safetensors file, neither atomic nor synced by itself; metadata (one entry) are kept as text."""
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode
     # One entry at most: safetensors writes several in any order, and equal runs should be equal files.
     save_file(plain, path, {key: str(value) for key, value in metadata.items()} or {"format": "pt"})
+    path.chmod(mode)  # safetensors would keep it from everybody but its owner
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
