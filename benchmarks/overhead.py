@@ -143,7 +143,9 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     hand = {"euler": hand_euler, "heun": hand_heun, "ddim": hand_ddim}
     print(f"microseconds per step, {STEPS} steps, median of {arguments.repeats}, {arguments.threads} threads")
-    print(f"{'shape':>18} {'solver':>7} {'by hand':>9} {'fluvial':>9} {'ratio':>6} {'diffusers':>10} {'k-diffusion':>12}")
+    print(
+        f"{'shape':>18} {'solver':>7} {'by hand':>9} {'fluvial':>9} {'ratio':>6} {'diffusers':>10} {'k-diffusion':>12}"
+    )
     worst = 0.0
     for shape in SHAPES:
         noise = torch.randn(shape)

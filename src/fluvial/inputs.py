@@ -53,7 +53,15 @@ def start(
     return torch.add(data * c.alpha, noise, alpha=c.sigma)
 
 
+def checked_first(first: int) -> int:
+    """The number of the first sample."""
+    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+        raise OptionError(f"first is {first!r}; expected a whole number, 0 or more")
+    return first
+
+
 def checked_seed(seed: int | None) -> int:
+    """The seed, drawn from torch's generator when there is none."""
     if seed is None:
         return random.fresh_seed()
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:

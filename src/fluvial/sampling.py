@@ -169,7 +169,7 @@ def sample(
             "pairs, by optimal transport or reflow); use an ODE solver, or model.assume_independent()"
         )
     nodes = grids.resolve(times, model.path, steps, DEFAULT_STEPS)
-    seed = inputs.checked_seed(seed)
+    seed, first = inputs.checked_seed(seed), inputs.checked_first(first)
     rows = plan(model, solver, nodes)
     x = inputs.start(model, noise, nodes[0], seed, first, init, state)
     run = _Run(model, rows, seed, first, inputs.conditions(model, cond, x))

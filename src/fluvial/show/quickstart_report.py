@@ -144,7 +144,7 @@ def _quality(results: Mapping[str, Any]) -> list[str]:
     return [
         page.heading("Quality against network evaluations"),
         page.paragraph(
-            "The ODE needs few evaluations; the SDE corrects its own errors but pays for its noise with steps. "
+            "The same network by its ODE, on two solvers, and by its Langevin-corrected SDE, from 1 evaluation to 32. "
             "Distances are squared Fréchet distances on features of a small classifier trained on the spot, "
             "1,000 samples against all 1,797 real digits."
         ),

@@ -28,7 +28,8 @@ class Euler(Solver):
 class Heun(Solver):
     """x + (s - t)/2 (velocity(x, t) + velocity(x + (s - t) velocity(x, t), s)): the trapezoidal rule, explicit.
 
-    At sigma = 0 no second call is made: the last step lands on the first call's data estimate, so N steps make 2N - 1
+    It runs on the path's own clock; EDM's algorithm 1, which steps in sigma, is this on `EDM(rho=1)`. At sigma = 0 no
+    second call is made: the last step lands on the first call's data estimate, so N steps make 2N - 1
     network calls.
 
     Source: Karras, Aittala, Aila, Laine: Elucidating the design space (2022), https://arxiv.org/abs/2206.00364, alg. 1
