@@ -44,7 +44,7 @@ _MODULES = (
     "training",
 )
 
-__all__ = ["__version__", *_MODULES, *_NAMES]
+__all__ = ["__version__", *_MODULES, *_NAMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from fluvial import couplings as couplings

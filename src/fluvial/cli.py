@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -41,7 +43,8 @@ def quickstart(
     from fluvial.show import quickstart as job
 
     _require_steps(steps)
-    report = job.run(out, console.print, job.STEPS if steps is None else steps)
+    with _interruptible():
+        report = job.run(out, console.print, job.STEPS if steps is None else steps)
     console.print(f"Open [bold]{report}[/bold] in a browser.", soft_wrap=True)
 
 
@@ -72,18 +75,9 @@ def train(
     net = training.model_for(source, path=path, prediction=prediction)
     objective = Objective(target=net.prediction, times=times, weight=weight, coupling=coupling)
     options: dict[str, Any] = {} if lr is None else {"lr": lr}
-    run = training.train(
-        net,
-        source,
-        objective,
-        steps=steps,
-        batch_size=batch_size,
-        out=out,
-        seed=seed,
-        drop_cond=drop_cond,
-        precision=precision,
-        **options,
-    )
+    options |= {"seed": seed, "drop_cond": drop_cond, "precision": precision}
+    with _interruptible():
+        run = training.train(net, source, objective, steps=steps, batch_size=batch_size, out=out, **options)
     if training.is_main_process():
         for name, reason in source.skipped:
             console.print(f"skipped {name}: {reason}", soft_wrap=True)
@@ -157,7 +151,9 @@ def convert(
         raise OptionError("nothing to convert to; expected --path or --prediction (or both)")
     if out.resolve() == run.resolve():
         raise OptionError(f"--out is the run itself ({out}); expected another folder")
-    paths.named(path or "rectified"), predictions.named(prediction or "velocity")
+    # A wrong name is known before the run is read.
+    paths.named(path or "rectified")
+    predictions.named(prediction or "velocity")
     converted = training.convert_run(run, out, path, prediction)
     console.print(f"{out}: {converted.path}, predicting {converted.prediction.name}", soft_wrap=True)
 
@@ -198,20 +194,36 @@ def _require_steps(steps: int | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; deliberate errors are one line on standard error and exit code 2."""
+    """Runs the command line; an error is one line on standard error and exit code 2, an interruption 130."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
-    arguments = [a for a in arguments if a != "--debug"]
     try:
-        app(arguments)
+        code = app([a for a in arguments if a != "--debug"], prog_name="fluvial", standalone_mode=False)
     except FluvialError as error:
-        if debug:
-            raise
-        Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; the same command goes on from the last checkpoint")
-        sys.exit(130)
+        _fail(error, str(error), 2, debug)
+    except Exception as error:
+        # The parser's own errors, of a class that moves between its versions, all have this.
+        if hasattr(error, "format_message"):
+            _fail(error, error.format_message(), 2, debug)  # type: ignore[attr-defined]
+        _fail(error, f"{type(error).__name__}: {error}; --debug shows where", 1, debug)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(error: Exception, message: str, code: int, debug: bool) -> NoReturn:
+    if debug:
+        raise error
+    Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True, highlight=False)
+    sys.exit(code)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ends a command that was interrupted, and saved, with what it has to say."""
+    try:
+        yield
+    except training.RunInterrupted as stop:
+        console.print(escape(str(stop)), soft_wrap=True)
+        raise typer.Exit(130) from stop
 
 
 if __name__ == "__main__":
