@@ -183,8 +183,8 @@ def _save_npz(path: Path, x: torch.Tensor, cond: dict[str, torch.Tensor], info: 
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.npz")
-    arrays = {name: value.numpy() for name, value in cond.items()}
-    numpy.savez_compressed(temporary, samples=x.cpu().numpy(), info=numpy.array(json.dumps(info)), **arrays)
+    arrays: dict[str, Any] = {"samples": x.cpu().numpy(), "info": numpy.array(json.dumps(info))}
+    numpy.savez_compressed(temporary, **arrays, **{name: value.numpy() for name, value in cond.items()})
     os.replace(temporary, path)
 
 
