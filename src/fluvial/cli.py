@@ -184,7 +184,8 @@ def _save_npz(path: Path, x: torch.Tensor, cond: dict[str, torch.Tensor], info: 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.npz")
     arrays: dict[str, Any] = {"samples": x.cpu().numpy(), "info": numpy.array(json.dumps(info))}
-    numpy.savez_compressed(temporary, **arrays, **{name: value.numpy() for name, value in cond.items()})
+    arrays |= {name: value.numpy() for name, value in cond.items()}
+    numpy.savez_compressed(temporary, **arrays)
     os.replace(temporary, path)
 
 
