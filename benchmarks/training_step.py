@@ -62,17 +62,20 @@ def main() -> None:
     labels = torch.arange(2000) % 10
     source = fl.training.open_source({"data": images, "label": labels})
     fresh = fl.training.model_for(source)
-    data, ratios = source.normalisation.apply(images), []
+    data, ratios, times = source.normalisation.apply(images), [], []
     for _ in range(arguments.rounds):
         hand = by_hand(copy.deepcopy(fresh.network), data, labels, arguments.steps, arguments.precision)
         model = fresh.with_network(copy.deepcopy(fresh.network))
         mine = ours(model, source, arguments.steps, arguments.precision)
         ratios.append(hand / mine)
+        times.append((hand, mine))
         rate = arguments.steps * BATCH
         print(f"by hand {rate / hand:7.0f} samples/s   fl.train {rate / mine:7.0f} samples/s   ratio {hand / mine:.3f}")
+    fastest = min(hand for hand, _ in times) / min(mine for _, mine in times)
     print(
         f"{arguments.size}x{arguments.size}, batch {BATCH}, {arguments.precision}, channels last: median ratio "
-        f"{statistics.median(ratios):.3f} (claim: at least 0.95)"
+        f"{statistics.median(ratios):.3f}, of the fastest rounds {fastest:.3f} "
+        "(claim: at least 0.95)"
     )
 
 
