@@ -44,7 +44,7 @@ def quickstart(
 
     _require_steps(steps)
     with _interruptible():
-        report = job.run(out, console.print, job.STEPS if steps is None else steps)
+        report = job.run(out, _say, job.STEPS if steps is None else steps)
     console.print(f"Open [bold]{report}[/bold] in a browser.", soft_wrap=True)
 
 
@@ -215,6 +215,10 @@ def _fail(error: Exception, message: str, code: int, debug: bool) -> NoReturn:
         raise error
     Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True, highlight=False)
     sys.exit(code)
+
+
+def _say(line: str) -> None:
+    console.print(line, soft_wrap=True, highlight=False)
 
 
 @contextmanager

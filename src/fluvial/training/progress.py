@@ -23,7 +23,7 @@ def bar(shown: bool, done: int, steps: int, batch_size: int) -> Iterator[Bar]:
         return
     columns = (
         TextColumn("training"),
-        BarColumn(),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TextColumn("{task.fields[loss]}{task.fields[rate]}"),
         TimeElapsedColumn(),
@@ -36,7 +36,6 @@ def bar(shown: bool, done: int, steps: int, batch_size: int) -> Iterator[Bar]:
         def advance(step: int, loss: float | None = None, rate: float | None = None) -> None:
             progress.update(task, completed=step)
             if loss is not None and rate is not None:
-                text = f"{rate / batch_size:.1f} steps/s, {rate:,.0f} samples/s"
-                progress.update(task, loss=f"loss {loss:.4f}  ", rate=text)
+                progress.update(task, loss=f"loss {loss:.4f}  ", rate=f"{rate / batch_size:.1f} steps/s")
 
         yield advance
