@@ -118,8 +118,9 @@ def _notations(results: Mapping[str, Any], samples: Mapping[str, Tensor]) -> lis
             "training is involved. Each notation starts from the same state."
         ),
         page.row(shown),
-        page.table(["solver", "path", "largest pixel difference to rectified, of 16"], rows),
+        page.table(["solver", "path", "difference"], rows),
         page.paragraph(
+            "The difference is the largest of any pixel to the rectified notation, on the digits' scale of 0 to 16. "
             f"Natural Euler (DDIM) takes the same step in every notation, so the samples agree to {worst:.0e} of 16: "
             "rounding. Heun integrates on each path's own clock: what it differs by is the error of 21 steps on a "
             "clock that suits the path more or less well, not of the conversion, and vanishes as the steps shrink."
