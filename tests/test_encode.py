@@ -67,3 +67,14 @@ def test_refusals():
         encode(model, torch.zeros(1, 2), solver="euler_maruyama")
     with pytest.raises(OptionError, match="expected an end at 1"):
         encode(model, torch.zeros(1, 2), times=[0.0, 0.5])
+    with pytest.raises(OptionError, match="expected 2"):
+        encode(model, torch.zeros(1, 2), steps=1)
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
+def test_few_steps_are_finite_and_tell_data_apart(path, steps):
+    data = MIXTURE.sample(50, seed=1, dtype=torch.float64)
+    noise = encode(MIXTURE.model(path), data, solver="ddim", steps=steps)
+    assert bool(noise.isfinite().all())
+    assert len(noise.unique(dim=0)) == 50

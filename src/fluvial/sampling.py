@@ -233,7 +233,7 @@ def encode(
     the same sense: `times` rise, and give the levels visited in reverse.
 
     Raises:
-        OptionError: for a stochastic solver, times that do not end on the data, or a start at alpha = 1, sigma = 0.
+        OptionError: for a stochastic solver, times that do not end on the data, or a single step from it to pure noise.
     """
     solver = solvers.named(solver)
     if solver.stochastic:
@@ -242,6 +242,10 @@ def encode(
     nodes = grids.resolve(times, model.path, steps, DEFAULT_STEPS)
     if nodes[-1] != 1.0:
         raise OptionError(f"times end at {nodes[-1]:g}; expected an end at 1, where the data are")
+    if model.path(nodes[-2]).alpha == 0.0:
+        raise OptionError(
+            "one step leads from the data straight to pure noise, which keeps nothing of them; expected 2"
+        )
     x = inputs.fitting(model, model.normalisation.apply(inputs.as_state(data)), "data")
     run = _Run(model, _Planner(model, solver, nodes).reversed_steps(), 0, 0, inputs.conditions(model, cond, x))
     with torch.no_grad():
