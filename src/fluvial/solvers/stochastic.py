@@ -59,9 +59,7 @@ class Langevin(Solver):
         return callable(self.gamma) or self.gamma > 0.0
 
     def step(self, at: At) -> Row:
-        gamma = float(self.gamma(at.t)) if callable(self.gamma) else self.gamma
-        _check_rate("gamma", gamma, at.t)
-        return _euler_with_noise(at, gamma)
+        return _euler_with_noise(at, _rate_at("gamma", self.gamma, at.t))
 
 
 @dataclass(frozen=True)
@@ -86,9 +84,17 @@ class EulerMaruyama(Solver):
         return callable(self.kappa) or self.kappa > 0.0
 
     def step(self, at: At) -> Row:
-        kappa = float(self.kappa(at.t)) if callable(self.kappa) else self.kappa
-        _check_rate("kappa", kappa, at.t)
+        kappa = _rate_at("kappa", self.kappa, at.t)
         return _euler_with_noise(at, kappa / at.start.alpha if at.start.alpha else 0.0)
+
+
+def _rate_at(name: str, rate: float | Callable[[float], float], t: float) -> float:
+    """The rate at time t, of a number or a function."""
+    if not callable(rate):
+        return rate
+    value = float(rate(t))
+    _check_rate(name, value, t)
+    return value
 
 
 def _check_rate(name: str, rate: float, t: float | None = None) -> None:
