@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 
+import numpy
 import pytest
 import scipy.integrate
 import scipy.stats
@@ -12,9 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fluvial as fl
 from fluvial import grids, paths, random
 from fluvial.errors import OptionError
-from problems import PATHS, one_line
+from problems import PATHS, mixture, normal, one_line
 
 GRIDS = {
     "uniform": grids.Uniform(),
@@ -22,12 +25,22 @@ GRIDS = {
     "cosine": grids.Cosine(),
     "log_snr": grids.LogSNR(),
     "karras": grids.Karras(),
+    "exponential": grids.Exponential(),
+    "beta": grids.Beta(),
+}
+LEVELS = (0.0, 0.1, 0.3, 0.35, 0.8, 0.9, 1.0)
+ANY_GRID = {
+    **GRIDS,
+    "polyexponential": grids.Exponential(rho=2.0),
+    "lopsided_beta": grids.Beta(0.5, 2.0),
+    "fitted": grids.Fitted(LEVELS),
+    "fitted_late": grids.Fitted((0.05, 0.2, 0.9, 0.999, 1.0)),
 }
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
-@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
-@pytest.mark.parametrize("steps", [1, 2, 3, 18, 250])
+@pytest.mark.parametrize("grid", ANY_GRID.values(), ids=ANY_GRID.keys())
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 18, 250])
 def test_ends_are_nodes_and_times_rise(path, grid, steps):
     times = grid.times(path, steps)
     assert len(times) == steps + 1
@@ -100,6 +113,198 @@ def test_shifted_grid_visits_the_levels_of_the_shifted_path():
         assert path(t)[:2] == pytest.approx(shifted(s)[:2], abs=1e-15)
 
 
+# Exponential
+
+
+@pytest.mark.parametrize("steps", [2, 3, 18])
+def test_exponential_levels_are_a_geometric_sequence(steps):
+    path = paths.EDM()
+    sigmas = [path(t).sigma for t in grids.Exponential().times(path, steps)[:-1]]
+    assert sigmas[0] == pytest.approx(80.0, rel=1e-12)
+    assert sigmas[-1] == pytest.approx(0.002, rel=1e-9)
+    assert [b / a for a, b in itertools.pairwise(sigmas)] == pytest.approx([4e4 ** (-1 / (steps - 1))] * (steps - 1))
+
+
+def test_exponential_is_the_limit_of_karras():
+    """(a^(1/rho) + share (b^(1/rho) - a^(1/rho)))^rho tends to a (b/a)^share as rho grows."""
+    path = paths.Rectified()
+    found, limit = grids.Exponential().times(path, 9), grids.Karras(rho=1e6).times(path, 9)
+    assert found == pytest.approx(limit, abs=1e-5)
+
+
+def test_exponential_starts_at_its_sigma_max_and_is_kept_within_the_path():
+    path = paths.EDM()
+    times = grids.Exponential(sigma_min=0.02, sigma_max=10.0).times(path, 6)
+    assert [path(t).sigma for t in (times[0], times[-2])] == pytest.approx([10.0, 0.02], rel=1e-9)
+    path = paths.VE(0.01, 50.0)
+    times = grids.Exponential().times(path, 6)
+    assert times == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.0])  # VE's own clock is this grid
+
+
+def test_polyexponential():
+    """exp(ramp^rho (log sigma_max - log sigma_min) + log sigma_min), ramp from 1 to 0: k-diffusion's."""
+    path, rho = paths.EDM(), 1.7
+    ramp = torch.linspace(1, 0, 7, dtype=torch.float64) ** rho
+    expected = (ramp * math.log(80 / 0.002) + math.log(0.002)).exp().tolist()
+    times = grids.Exponential(rho=rho).times(path, 7)
+    assert [path(t).sigma for t in times[:-1]] == pytest.approx(expected, rel=1e-9)
+
+
+# Beta
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.6, 1.0, 2.5, 40.0])
+@pytest.mark.parametrize("beta", [0.3, 0.6, 1.0, 7.0])
+def test_beta_is_scipys(alpha, beta):
+    """Noise levels 1 - t at the quantiles, as the paper's peers place their training steps."""
+    steps = 25
+    expected = 1.0 - scipy.stats.beta.ppf(1.0 - torch.arange(steps + 1).double().numpy() / steps, alpha, beta)
+    assert grids.Beta(alpha, beta).times(paths.VP(), steps) == pytest.approx(list(expected), abs=1e-10)
+
+
+def test_beta_of_one_is_uniform_and_equal_parameters_treat_the_ends_alike():
+    assert grids.Beta(1.0, 1.0).times(paths.VP(), 7) == pytest.approx(grids.Uniform().times(paths.VP(), 7), abs=1e-12)
+    times = grids.Beta().times(paths.VP(), 7)
+    assert [1.0 - t for t in times[::-1]] == pytest.approx(times, abs=1e-12)
+
+
+def test_beta_crowds_where_its_parameter_is_small():
+    near_data, near_noise = grids.Beta(0.4, 1.5).times(paths.VP(), 9), grids.Beta(1.5, 0.4).times(paths.VP(), 9)
+    assert 1.0 - near_data[-2] < 0.01 < near_data[1]
+    assert near_noise[1] < 0.01 < 1.0 - near_noise[-2]
+
+
+def test_beta_so_sharp_that_steps_meet_is_refused():
+    with pytest.raises(OptionError, match=r"Beta\(alpha=0.05, beta=0.05\) puts two of 200 steps at one time") as caught:
+        resolve(grids.Beta(0.05, 0.05), 200)
+    one_line(caught.value)
+
+
+# Split
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
+@pytest.mark.parametrize(
+    "grid", [None, "uniform", "cosine", "karras", "log_snr", "beta", grids.Fitted(LEVELS)], ids=str
+)
+def test_split_keeps_its_nodes_and_its_budgets(path, grid):
+    nodes, steps = [0.0, 0.3, 0.7, 1.0], [1, 5, 3]
+    times = resolve(grids.Split(nodes, steps, [grid] * 3), path=path)
+    assert len(times) == 10
+    assert all(type(t) is float for t in times)
+    assert all(node in times for node in nodes)  # the very float
+    assert [times.index(node) for node in nodes] == [0, 1, 6, 9]
+    assert all(a < b for a, b in itertools.pairwise(times))
+
+
+def test_split_into_equal_steps():
+    assert resolve(grids.Split([0, 0.5, 1], steps=[1, 2])) == [0.0, 0.5, 0.75, 1.0]
+    assert resolve(grids.Split()) == pytest.approx([0.0, *(0.5 + k / 18 for k in range(10))])
+    assert resolve(grids.Split([0.2, 0.6], steps=[2])) == pytest.approx([0.2, 0.4, 0.6])
+
+
+def test_levels_in_a_segment_run_between_its_nodes():
+    """On the rectified path t = .5 is sigma/alpha = 1: Karras from 80 to 1 in 3 steps, then from 1 to .002 in 4."""
+    path = paths.Rectified()
+    times = resolve(grids.Split([0, 0.5, 1], steps=[3, 4], grids=["karras", "karras"]))
+    levels = [(1 - t) / t for t in times[1:-1]]
+    before = [(80 ** (1 / 7) + k / 3 * (1 - 80 ** (1 / 7))) ** 7 for k in range(1, 4)]
+    after = [(1 + k / 3 * (0.002 ** (1 / 7) - 1)) ** 7 for k in range(1, 4)]
+    assert levels == pytest.approx([*before, *after], rel=1e-9)
+    even = [path.log_snr(t) for t in resolve(grids.Split([0.2, 0.8], steps=[4], grids=["log_snr"]))]
+    assert [b - a for a, b in itertools.pairwise(even)] == pytest.approx([math.log(16) / 2] * 4)
+
+
+def test_a_split_within_a_split():
+    inner = grids.Split([0, 0.5, 1], steps=[1, 2], grids=[None, "log_snr"])
+    times = resolve(grids.Split([0, 0.5, 1], steps=[3, 1], grids=[inner, None]))
+    path = paths.Rectified()
+    assert [times[0], times[1], *times[3:]] == [0.0, 0.25, 0.5, 1.0]
+    assert path.log_snr(times[2]) == pytest.approx((path.log_snr(0.25) + path.log_snr(0.5)) / 2)
+
+
+def test_a_grid_may_declare_its_number_of_steps():
+    split = grids.Split([0, 0.5, 1], steps=[1, 9])
+    assert split.count == 10
+    assert resolve(split, 10) == resolve(split)
+    for call in (lambda: resolve(split, 7), lambda: split.times(paths.VP(), 7)):
+        with pytest.raises(OptionError, match=r"steps is 7 but the segments have 1 \+ 9 = 10") as caught:
+            call()
+        one_line(caught.value)
+
+
+def test_sample_takes_a_split():
+    gm = mixture()
+    noise, model = normal(4, 2), gm.model(paths.Rectified())
+    run = fl.sample(model, noise, times=grids.Split([0, 0.5, 1], steps=[1, 9]), solver="euler", record=True)
+    assert run.nfe == 10
+    assert run.times[1] == 0.5
+    first = run.x[0] + 0.5 * model(run.x[0], 0.0).velocity
+    assert torch.allclose(run.x[1], first, atol=1e-14)
+
+
+# Fitted
+
+
+def levels_of(times, path):
+    return [float(torch.special.expit(torch.tensor(path.log_snr(t) / 2, dtype=torch.float64))) for t in times]
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
+def test_fitted_visits_the_same_levels_on_every_path(path):
+    found = levels_of(grids.Fitted(LEVELS).times(path, 6), path)
+    assert found[1:-1] == pytest.approx(LEVELS[1:-1], abs=1e-12)
+
+
+def test_fitted_between_its_levels():
+    """Straight lines between them: at twice the steps every other level is one of them."""
+    path = paths.Rectified()
+    assert grids.Fitted(LEVELS).times(path, 12)[::2] == pytest.approx(LEVELS, abs=1e-15)
+    assert grids.Fitted(LEVELS).times(path, 12)[1::2] == pytest.approx(
+        [(a + b) / 2 for a, b in itertools.pairwise(LEVELS)], abs=1e-15
+    )
+    assert grids.Fitted(LEVELS).times(path, 2) == [0.0, pytest.approx(LEVELS[3]), 1.0]
+
+
+def test_fitted_is_kept_within_a_short_path():
+    """VE from 5 to 0.2 has the levels 1/6 … 5/6: even shares of that part, its ends among them."""
+    path = paths.VE(0.2, 5.0)
+    first, last = 1 + (1 / 6 - 0.1) / 0.2, 4 + (5 / 6 - 0.8) / 0.1  # counted in knots
+    expected = numpy.interp(numpy.linspace(first, last, 40), range(7), LEVELS)
+    found = levels_of(grids.Fitted(LEVELS).times(path, 40)[:-1], path)
+    assert found == pytest.approx(list(expected), abs=1e-9)
+    # With few steps the levels are those of any path, and the run starts at its own start.
+    assert levels_of(grids.Fitted(LEVELS).times(path, 2)[:-1], path) == pytest.approx([1 / 6, 0.35])
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [grids.Fitted(LEVELS, 255, 128, "curvature, Heun"), grids.Fitted((1 / 3, math.pi / 4, 1.0))],
+    ids=["all", "bare"],
+)
+def test_fitted_comes_back_from_json(grid):
+    again = grids.Fitted.from_config(json.loads(json.dumps(grid.config())))
+    assert again == grid
+    assert again.times(paths.VP(), 7) == grid.times(paths.VP(), 7)
+
+
+def test_level_is_the_same_on_every_path():
+    for path in PATHS.values():
+        t = path.time(1.2)
+        assert grids.level_of(path, t) == pytest.approx(path(t).alpha / (path(t).alpha + path(t).sigma), abs=1e-12)
+    assert (grids.level_of(paths.Rectified(), 0.0), grids.level_of(paths.Rectified(), 1.0)) == (0.0, 1.0)
+
+
+def test_fitted_by_name_is_the_models_own():
+    own = grids.Fitted(LEVELS)
+    path = paths.Rectified()
+    assert grids.resolve("fitted", path, 6, 18, fitted=own) == own.times(path, 6)
+    assert grids.resolve("karras", path, 6, 18, fitted=own) == grids.Karras().times(path, 6)
+    with pytest.raises(OptionError, match='times is "fitted" and the model has no grid of its own; expected') as caught:
+        resolve("fitted")
+    one_line(caught.value)
+
+
 # What the user gives
 
 
@@ -123,9 +328,20 @@ def test_any_rising_list_is_taken_as_it_is(values):
     assert resolve(sorted(values)) == sorted(values)
 
 
-@pytest.mark.parametrize("name", ["uniform", "shifted", "cosine", "log_snr", "karras"])
+@pytest.mark.parametrize("name", GRIDS)
 def test_grids_by_name(name):
     assert grids.named(name) == GRIDS[name]
+
+
+def test_every_grid_by_name_is_listed():
+    assert sorted(grids.names()) == sorted([*GRIDS, "fitted"])
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_sample_takes_every_name(name):
+    model, noise = mixture().model(paths.VP()), normal(3, 2)
+    run = fl.sample(model, noise, times=name, steps=5, solver="ddim", record=True)
+    assert run.times == GRIDS[name].times(paths.VP(), 5)
 
 
 BAD = {
@@ -163,7 +379,9 @@ def test_bad_input_is_one_clear_line(given):
 
 
 def test_unknown_grid_lists_the_known_ones():
-    with pytest.raises(OptionError, match=r"karas.*cosine, karras, log_snr, shifted, uniform.*did you mean 'karras'"):
+    with pytest.raises(
+        OptionError, match=r"karas.*beta, cosine, exponential, fitted, karras, log_snr, shifted, uniform.*mean 'karras'"
+    ):
         grids.named("karas")
 
 
@@ -175,6 +393,26 @@ def test_unknown_grid_lists_the_known_ones():
         lambda: grids.Karras(rho=0.0),
         lambda: grids.Karras(sigma_min=0.0),
         lambda: grids.Karras(sigma_min=2.0, sigma_max=1.0),
+        lambda: grids.Exponential(sigma_min=-1.0),
+        lambda: grids.Exponential(rho=0.0),
+        lambda: grids.Exponential(sigma_min=3.0, sigma_max=3.0),
+        lambda: grids.Beta(0.0, 0.6),
+        lambda: grids.Beta(0.6, -1.0),
+        lambda: grids.Beta(0.6, math.nan),
+        lambda: grids.Split([0.0, 1.0], [1, 1]),
+        lambda: grids.Split([0.0, 0.5, 0.5, 1.0], [1, 1, 1]),
+        lambda: grids.Split([0.0, 1.5], [1]),
+        lambda: grids.Split([0.0], []),
+        lambda: grids.Split([0.0, 0.5, 1.0], [0, 3]),
+        lambda: grids.Split([0.0, 0.5, 1.0], [1.0, 3]),
+        lambda: grids.Split([0.0, 0.5, 1.0], [True, 3]),
+        lambda: grids.Split([0.0, 0.5, 1.0], [1, 3], ["uniform"]),
+        lambda: grids.Split([0.0, 0.5, 1.0], [1, 3], ["uniform", "karas"]),
+        lambda: grids.Fitted([1.0]),
+        lambda: grids.Fitted([0.0, 0.5]),
+        lambda: grids.Fitted([0.0, 0.5, 0.5, 1.0]),
+        lambda: grids.Fitted([-0.1, 0.5, 1.0]),
+        lambda: grids.Fitted([0.0, math.nan, 1.0]),
         lambda: grids.LogitNormal(std=0.0),
         lambda: grids.LogNormal(std=-1.0),
         lambda: grids.UShaped(sharpness=0.0),

@@ -20,12 +20,13 @@ SOURCE = Path(__file__).parent.parent / "src"
 # A room is a module directly under fluvial, or a folder there with all that is in it.
 RANKS = {
     "errors": 0, "random": 0,
-    "paths": 1, "grids": 1, "couplings": 1,
+    "paths": 1, "grids": 1, "couplings": 1, "brownian": 1,
     "predictions": 2,
     "convention": 2.5,
     "model": 3,
     "exact": 4, "guidance": 4, "inputs": 4, "objectives": 4, "solvers": 4,
-    "sampling": 5, "likelihood": 5, "testing": 5.5,
+    "plans": 4.5, "running": 4.7, "adaptive": 4.8,
+    "sampling": 5, "langevin": 5, "likelihood": 5.2, "testing": 5.5, "fitting": 5.5,
     "measure": 6, "networks": 6, "sheets": 6,
     "training": 7,
     "straighten": 8, "distill": 8, "systems": 8,

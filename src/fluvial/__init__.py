@@ -29,8 +29,10 @@ _MODULES = (
     "couplings",
     "errors",
     "exact",
+    "fitting",
     "grids",
     "guidance",
+    "likelihood",
     "measure",
     "model",
     "networks",
@@ -41,6 +43,7 @@ _MODULES = (
     "sampling",
     "sheets",
     "solvers",
+    "testing",
     "training",
 )
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fluvial import paths, predictions
 from fluvial.errors import OptionError
+from fluvial.grids import Fitted
 from fluvial.paths import Path
 from fluvial.predictions import Prediction
 
@@ -83,6 +84,7 @@ class Convention:
         independent: whether the noise is Gaussian and independent of the data, so that there is a score.
         normalisation: how the data were brought to path units.
         shape: one sample's shape, where it is known.
+        grid: the sampling grid fitted to it, where there is one: what `times="fitted"` names.
     """
 
     path: Path
@@ -93,6 +95,11 @@ class Convention:
     independent: bool = True
     normalisation: Normalisation = Normalisation()
     shape: tuple[int, ...] | None = None
+    grid: Fitted | None = None
+
+    def __post_init__(self) -> None:
+        if self.grid is not None and not isinstance(self.grid, Fitted):
+            raise OptionError(f"grid is {self.grid!r}; expected None, or a fl.grids.Fitted from fl.fitting.fit_grid")
 
     def config(self) -> dict[str, Any]:
         """A JSON-able description, for run folders.
@@ -115,6 +122,8 @@ class Convention:
             "independent": self.independent,
             "normalisation": asdict(self.normalisation),
             "shape": None if self.shape is None else list(self.shape),
+            # Only where there is one, so that a model without keeps the description, and the hash, that it had.
+            **({} if self.grid is None else {"grid": self.grid.config()}),
         }
 
     @classmethod
@@ -131,4 +140,5 @@ class Convention:
             independent=config["independent"],
             normalisation=Normalisation(**normalisation),
             shape=None if config["shape"] is None else tuple(config["shape"]),
+            grid=Fitted.from_config(config["grid"]) if "grid" in config else None,
         )

@@ -8,13 +8,26 @@ import torch
 from torch import Tensor
 
 from fluvial import random
-from fluvial.errors import OptionError, ShapeError
+from fluvial.errors import OptionError, ShapeError, one_of
 from fluvial.model import Model
+
+Start = int | Sequence[int] | Tensor | None
+
+
+def noise_and_start(noise: str | Sequence[int] | Tensor | None, start: Start) -> tuple[Start, bool]:
+    """What the run starts from, and whether its steps' noise is Brownian."""
+    if noise is None or isinstance(noise, str):
+        if noise not in (None, "independent", "brownian"):
+            raise one_of("noise", noise, ("independent", "brownian"))
+        return start, noise == "brownian"
+    if start is not None:
+        raise OptionError("the noise to start from was given twice; expected one tensor, shape or count")
+    return noise, False
 
 
 def start(
     model: Model,
-    noise: int | Sequence[int] | Tensor | None,
+    noise: Start,
     t: float,
     seed: int,
     first: int,

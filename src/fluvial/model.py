@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fluvial import paths, predictions
 from fluvial.convention import Clock, Convention, Normalisation
 from fluvial.errors import OptionError, ShapeError
+from fluvial.grids import Fitted
 from fluvial.paths import Coefficients, Path
 from fluvial.predictions import Data, Estimate, Noise, Prediction, Query, combine, solve, spread
 
@@ -108,6 +109,7 @@ class Model:
     def _replace(self, **attributes: Any) -> Self:
         copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__, **attributes)
+        copy.__dict__.pop("_plans", None)  # `fluvial.plans` keeps a model's plans with it
         return copy
 
     def under(self, **changes: Any) -> Self:
@@ -145,6 +147,10 @@ class Model:
     @property
     def shape(self) -> tuple[int, ...] | None:
         return self.convention.shape
+
+    @property
+    def grid(self) -> Fitted | None:
+        return self.convention.grid
 
     def parameters(self) -> list[nn.Parameter]:
         """The network's parameters (none for a plain callable)."""
@@ -305,4 +311,4 @@ def convert(model: Model, path: Path | str | None = None, prediction: str | Pred
     to_path = model.path if path is None else paths.named(path)
     to_prediction = model.prediction if prediction is None else predictions.named(prediction)
     converted = Converted(source, to_path, to_prediction)
-    return converted.under(independent=model.independent)
+    return converted.under(independent=model.independent, grid=model.grid)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 # What is drawn, so that no two uses ever share a number.
-START, STEP, TIME, TRAIN, ORDER, DROP, COUPLING, DATA = range(8)
+START, STEP, TIME, TRAIN, ORDER, DROP, COUPLING, DATA, BROWNIAN, PROBE, DEQUANTISE = range(11)
 
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)

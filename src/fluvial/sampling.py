@@ -7,21 +7,34 @@ synchronisation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fluvial import grids, inputs, random, solvers
+from fluvial import grids, inputs, plans, solvers
+from fluvial.adaptive import AdaptiveRun
 from fluvial.errors import DependenceError, OptionError
 from fluvial.model import Model
-from fluvial.paths import Coefficients
-from fluvial.predictions import Query
+from fluvial.plans import plan
+from fluvial.running import Callback, Drawn, Run, StepReport
 from fluvial.solvers import Solver
-from fluvial.solvers.rows import At, Row, Step, trace
+
+__all__ = [
+    "RoundTrip",
+    "StepReport",
+    "Trajectory",
+    "decode",
+    "encode",
+    "integrate",
+    "nfe",
+    "plan",
+    "round_trip",
+    "sample",
+]
 
 DEFAULT_SOLVER, DEFAULT_STEPS = "heun", 18
 
@@ -50,79 +63,18 @@ class Trajectory:
         return self.data[-1]
 
 
-@dataclass
-class StepReport:
-    """What a callback is told after each step.
-
-    Attributes:
-        index: the step, from 0.
-        t: the time reached.
-        x: (B, …) the state there, in path units.
-        data: (B, …) the data estimate made in this step, in the data's own units: what a preview should show.
-        nfe: network evaluations per sample so far.
-    """
-
-    index: int
-    t: float
-    x: Tensor
-    nfe: int
-    _data: Callable[[], Tensor] = field(repr=False)
-
-    @property
-    def data(self) -> Tensor:
-        return self._data()
-
-
-def plan(model: Model, solver: Solver, times: Sequence[float]) -> list[Step]:
-    """The rows of every step of this solver along these times."""
-    return _Planner(model, solver, times).steps()
-
-
 def nfe(model: Model, solver: str | Solver, steps: int | None = None, times: Any = None) -> int:
     """Network evaluations per sample that `sample` would make with these arguments."""
-    nodes = grids.resolve(times, model.path, steps, DEFAULT_STEPS)
-    return sum(len(step.stages) for step in plan(model, solvers.named(solver), nodes))
-
-
-class _Planner:
-    """Traces the steps, asking the model for the queries of all times at once: first the grid's, then any between."""
-
-    def __init__(self, model: Model, solver: Solver, times: Sequence[float]) -> None:
-        self.model, self.solver, self.times = model, solver, list(times)
-        # A run that ends on the data never calls the network at sigma = 0, whatever the path's own end.
-        self.lands = self.times[-1] == 1.0
-        visited = self.times[:-1] if self.lands else self.times
-        self.queries: dict[float, Query] = dict(zip(visited, model.queries(visited)))
-
-    def query_at(self, t: float) -> Query:
-        if t not in self.queries:
-            self.queries[t] = self.model.queries([t])[0]
-        return self.queries[t]
-
-    def steps(self) -> list[Step]:
-        steps, last = [], len(self.times) - 2
-        for index, (t, s) in enumerate(pairwise(self.times)):
-            lands = self.lands and index == last
-            end = Coefficients(1.0, 0.0, 0.0, 0.0) if lands else self.query_at(s).c
-            at = At(t, s, self.query_at(t).c, end, lands, self.query_at)
-            steps.append(trace(self.solver.step, at))
-        return steps
-
-    def reversed_steps(self) -> list[Step]:
-        """The rows of the way back, from the data to the first time."""
-        back = self.times[-2::-1]
-        data = Coefficients(1.0, 0.0, 0.0, 0.0)
-        steps = [trace(_leave_data, At(1.0, back[0], data, self.query_at(back[0]).c, False, self.query_at))]
-        for t, s in pairwise(back):
-            at = At(t, s, self.query_at(t).c, self.query_at(s).c, False, self.query_at)
-            steps.append(trace(self.solver.step, at))
-        return steps
+    solver = solvers.named(solver)
+    return sum(len(step.stages) for step in plan(model, solver, _nodes(model, solver, times, steps)))
 
 
 def sample(
     model: Model,
-    noise: int | Sequence[int] | Tensor | None = None,
+    start: int | Sequence[int] | Tensor | None = None,
+    /,
     *,
+    noise: str | Sequence[int] | Tensor | None = None,
     solver: str | Solver = DEFAULT_SOLVER,
     steps: int | None = None,
     times: Any = None,
@@ -131,19 +83,26 @@ def sample(
     cond: Mapping[str, Tensor] | None = None,
     guidance: Callable[[Model], Model] | None = None,
     init: Tensor | None = None,
+    strength: float | None = None,
     state: Tensor | None = None,
     record: bool = False,
-    callback: Callable[[StepReport], None] | None = None,
+    callback: Callback | None = None,
     progress: bool = False,
+    differentiable: bool = False,
+    check: bool = True,
 ) -> Any:
     """Samples (B, …) in the data's own units; a `Trajectory` when `record`.
 
     Args:
         model: any model, in any notation.
-        noise: the shape (B, …) to draw, a count B (the model knows its samples' shape), or the noise itself: a
+        start: the shape (B, …) to draw, a count B (the model knows its samples' shape), or the noise itself: a
             unit-variance tensor (B, …). The state starts at sigma(t0) * noise.
+        noise: "brownian" makes the steps' noise an increment of one Brownian path, which stays the same when the
+            number of steps changes; "independent" (the default) numbers it by the step. A tensor or a shape here is
+            taken as `start`.
         solver: a name or an object; default "heun".
-        steps: N steps use N + 1 times; default 18 (35 network calls with heun).
+        steps: N steps use N + 1 times; default 18 (35 network calls with heun). Dopri5 makes its own steps between
+            these times, and its default is 1.
         times: a grid (`fl.grids`) or its name, or an explicit rising list or tensor in [0, 1]; default uniform. A run
             that ends at 1 lands on the data, without noise; one that ends before returns its state, in path units.
         seed: of the start noise and the steps' noise, which are separate streams; None draws one from torch's
@@ -152,14 +111,19 @@ def sample(
         cond: conditions by name, batch first, such as {"label": (B,) long}; what is missing is null.
         guidance: such as `fl.guidance.CFG(3.0)`.
         init: data (B, …), in the data's own units, to start from: alpha(t0) * init + sigma(t0) * noise.
+        strength: how strongly to change `init`, as the share of noise sigma/(alpha + sigma) it starts with, above 0 and
+            up to 1: the run makes its `steps` from that level, at the times the grid has there.
         state: a state (B, …) in path units to resume from; noise is then not used.
         record: return the whole Trajectory.
         callback: called after every step with its `StepReport`.
         progress: show a progress bar.
+        differentiable: let gradients flow from the samples to the start, the network and the conditions.
+        check: look at the end of the run whether all is finite; if not, name the step and the culprit.
 
     Raises:
         OptionError, ShapeError: for arguments that do not fit, before the first network call.
         DependenceError: for a stochastic solver on a model whose noise is not independent of its data.
+        NonFiniteError: when a number that is not finite comes out.
     """
     solver = solvers.named(solver)
     model = inputs.guided(model, guidance)
@@ -168,51 +132,86 @@ def sample(
             f"solver {solver.name} needs the score, and this model's noise is not independent of its data (trained on "
             "pairs, by optimal transport or reflow); use an ODE solver, or model.assume_independent()"
         )
-    nodes = grids.resolve(times, model.path, steps, DEFAULT_STEPS)
+    start, brownian = inputs.noise_and_start(noise, start)
+    nodes = _nodes(model, solver, times, steps, strength)
+    if strength is not None and init is None:
+        raise OptionError(f"strength is {strength} without init; expected the data to change, init=(B, …)")
     seed, first = inputs.checked_seed(seed), inputs.checked_first(first)
-    rows = plan(model, solver, nodes)
-    x = inputs.start(model, noise, nodes[0], seed, first, init, state)
-    run = _Run(model, rows, seed, first, inputs.conditions(model, cond, x))
-    with torch.no_grad():
-        return run(x, nodes, record, callback, progress)
-
-
-class _Run:
-    """One pass over the rows."""
-
-    def __init__(self, model: Model, rows: list[Step], seed: int, first: int, cond: Mapping[str, Tensor]) -> None:
-        self.model, self.rows, self.seed, self.first, self.cond = model, rows, seed, first, cond
-
-    def __call__(
-        self,
-        x: Tensor,
-        nodes: list[float],
-        record: bool,
-        callback: Callable[[StepReport], None] | None,
-        progress: bool,
-    ) -> Any:
-        invert, nfe = self.model.normalisation.invert, 0
-        states, estimates = [x], []
-        for index, step in enumerate(_tracked(self.rows, progress)):
-            slots: list[Any] = [x] + [None] * (step.slots - 1)
-            for slot in step.noises:
-                slots[slot] = self._noise(x, index, slot)
-            for stage in step.stages:
-                slots[stage.slot] = stage.query.call(stage.state(slots), self.cond)
-            x, nfe = step.next(slots), nfe + len(step.stages)
+    x = inputs.start(model, start, nodes[0], seed, first, init, state)
+    cond = inputs.conditions(model, cond, x)
+    with torch.set_grad_enabled(differentiable):
+        run = _runner(model, solver, nodes, cond, Drawn(seed, first, model.path, brownian))
+        states, estimates, reached, report = [x], [], [nodes[0]], StepReport(-1, nodes[0], x, 0, lambda: x)
+        for report in run.reports(x, progress):
             if record:
-                states.append(x)
-                estimates.append(invert(step.data(slots)))
+                reached.append(report.t)
+                states.append(report.x)
+                estimates.append(report.data)
             if callback is not None:
-                callback(StepReport(index, step.s, x, nfe, lambda step=step, slots=slots: invert(step.data(slots))))
+                callback(report)
+        if check:
+            run.check(x, report.x)
         if record:
-            return Trajectory(torch.stack(states), torch.stack(estimates), nodes, nfe, self.seed)
-        return invert(x) if nodes[-1] == 1.0 else x
+            return Trajectory(torch.stack(states), torch.stack(estimates), reached, report.nfe, seed)
+        return model.normalisation.invert(report.x) if nodes[-1] == 1.0 else report.x
 
-    def _noise(self, x: Tensor, index: int, slot: int) -> Tensor:
-        samples = range(self.first, self.first + len(x))
-        draw = index * 16 + slot
-        return random.normal(samples, x.shape[1:], self.seed, draw, random.STEP, x.dtype, x.device)
+
+def _runner(model: Model, solver: Solver, nodes: list[float], cond: Mapping[str, Tensor], drawn: Drawn) -> Any:
+    if isinstance(solver, solvers.Dopri5):
+        return AdaptiveRun(model, solver, nodes, cond)
+    return Run(model, plan(model, solver, nodes), cond, drawn)
+
+
+def _nodes(model: Model, solver: Solver, times: Any, steps: int | None, strength: float | None = None) -> list[float]:
+    """The times of a run."""
+    default = 1 if isinstance(solver, solvers.Dopri5) else DEFAULT_STEPS
+    if strength is None:
+        return grids.resolve(times, model.path, steps, default, model.grid)
+    if not 0.0 < strength <= 1.0:
+        raise OptionError(f"strength is {strength}; expected a share of noise above 0, up to 1")
+    start = model.path.time(2.0 * math.log((1.0 - strength) / strength)) if strength < 1.0 else 0.0
+    # A list, or a grid of its own length, keeps what lies beyond the start; of other grids a finer one is taken, which
+    # has as many steps there as were asked for.
+    wanted = default if steps is None else steps
+    own = isinstance(times, (list, tuple, Tensor)) or (hasattr(times, "times") and hasattr(times, "count"))
+    for finer in [steps] if own else range(wanted, 100 * wanted):
+        inside = [t for t in grids.resolve(times, model.path, finer, default, model.grid) if t > start]
+        if own or len(inside) >= wanted:
+            return [start, *(inside if own else inside[-wanted:])]
+    raise OptionError(f"strength is {strength}, below the levels of these times; expected a larger one, or other times")
+
+
+def integrate(
+    model: Model,
+    x: Tensor,
+    times: Sequence[float],
+    *,
+    solver: str | Solver = DEFAULT_SOLVER,
+    cond: Mapping[str, Tensor] | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """The state (B, …) at the last of these times from x at the first, by the ODE, in path units; they rise or fall.
+
+    Nothing lands: every time is a noise level the network is asked at (t = 1 too, where it ends the times).
+
+    Raises:
+        OptionError: for a stochastic solver.
+    """
+    solver = _ode(solvers.named(solver))
+    cond = inputs.conditions(model, cond, x)
+    times = [float(t) for t in times]
+    adaptive = isinstance(solver, solvers.Dopri5)
+    run = (
+        AdaptiveRun(model, solver, times, cond, land=False)
+        if adaptive
+        else Run(model, plans.along(model, solver, times), cond)
+    )
+    with torch.no_grad():
+        for report in run.reports(x):
+            x = report.x
+            if callback is not None:
+                callback(report)
+    return x
 
 
 def encode(
@@ -235,36 +234,58 @@ def encode(
     Raises:
         OptionError: for a stochastic solver, times that do not end on the data, or a single step from it to pure noise.
     """
-    solver = solvers.named(solver)
-    if solver.stochastic:
-        raise OptionError(f"solver {solver.name} is stochastic and cannot be run backwards; expected an ODE solver")
+    solver = _ode(solvers.named(solver))
     model = inputs.guided(model, guidance)
-    nodes = grids.resolve(times, model.path, steps, DEFAULT_STEPS)
+    nodes = _nodes(model, solver, times, steps)
     if nodes[-1] != 1.0:
         raise OptionError(f"times end at {nodes[-1]:g}; expected an end at 1, where the data are")
-    if model.path(nodes[-2]).alpha == 0.0:
+    if model.path(nodes[-2]).alpha == 0.0 and not isinstance(solver, solvers.Dopri5):
         raise OptionError(
             "one step leads from the data straight to pure noise, which keeps nothing of them; expected 2"
         )
     x = inputs.fitting(model, model.normalisation.apply(inputs.as_state(data)), "data")
-    run = _Run(model, _Planner(model, solver, nodes).reversed_steps(), 0, 0, inputs.conditions(model, cond, x))
+    cond = inputs.conditions(model, cond, x)
+    if isinstance(solver, solvers.Dopri5):
+        run = AdaptiveRun(model, solver, nodes[::-1], cond)
+    else:
+        run = Run(model, plans.plan_back(model, solver, nodes), cond)
     with torch.no_grad():
-        state = run(x, [*nodes[::-1]], False, None, progress)
-    return state / model.path(nodes[0]).sigma
+        end = x
+        for report in run.reports(x, progress):
+            end = report.x
+        run.check(x, end)
+    return end / model.path(nodes[0]).sigma
 
 
-def _leave_data(at: At) -> Row:
-    """From the data to the first noise level: x = alpha data + sigma noise(x), by fixed-point iteration."""
-    alpha, sigma = at.end.alpha, at.end.sigma
-    state = alpha * at.x
-    for _ in range(4):
-        state = alpha * at.x + sigma * at.ask(state, at.s).noise
-    return state
+def decode(model: Model, noise: Tensor, **options: Any) -> Tensor:
+    """The data (B, …) of this unit-variance noise: `sample` by an ODE, the way back from `encode`. Options as there."""
+    _ode(solvers.named(options.get("solver", DEFAULT_SOLVER)))
+    return sample(model, noise, **options)
 
 
-def _tracked(rows: list[Step], progress: bool) -> Any:
-    if not progress:
-        return rows
-    from rich.progress import track
+@dataclass
+class RoundTrip:
+    """Data, encoded and decoded again.
 
-    return track(rows, description="sampling")
+    Attributes:
+        noise: (B, …) what `encode` gave.
+        data: (B, …) what came back, in the data's own units.
+        error: (B,) root mean square difference to the data given.
+    """
+
+    noise: Tensor
+    data: Tensor
+    error: Tensor
+
+
+def round_trip(model: Model, data: Tensor, **options: Any) -> RoundTrip:
+    """`encode`, then `decode`, and how far the data came back from where they started. Options as for `encode`."""
+    noise = encode(model, data, **options)
+    back = decode(model, noise, **options)
+    return RoundTrip(noise, back, (back - data).flatten(1).square().mean(1).sqrt())
+
+
+def _ode(solver: Solver) -> Solver:
+    if solver.stochastic:
+        raise OptionError(f"solver {solver.name} is stochastic and cannot be run backwards; expected an ODE solver")
+    return solver

@@ -1,4 +1,4 @@
-"""SDE solvers: nothing added when the rate is zero, and the right law at any rate and any time.
+"""SDE solvers: the right law at any rate and any time, and the steps that the papers write.
 
 On Gaussian data of mean 0 the exact model is linear, out = k x, so that every step is x -> A x + B xi with numbers
 read off its rows: the variance of a whole run is then known without a single sample, and convergence can be asserted
@@ -11,88 +11,14 @@ import math
 
 import pytest
 import torch
+from gaussian_runs import DATA_STD, errors, final_std, law, uniform
 
 import fluvial as fl
 from fluvial.exact import GaussianMixture
-from fluvial.sampling import plan
+from fluvial.plans import plan
 from problems import PATHS, gaussian, mixture, normal, state
 
-DATA_STD = 0.5
-GAMMAS = [0.1, 0.5, 1.0, 5.0, 20.0]
-
-
-def final_std(path, solver, times, start=None):
-    """The standard deviation at the end of a run, from its rows; it starts at sigma(t0), or at `start`."""
-    model = gaussian(0.0, DATA_STD).model(path)
-    assert model.prediction.name == "v"
-    variance = path(times[0]).sigma ** 2 if start is None else start**2
-    for step in plan(model, solver, times):
-        # Every slot as its dependence on the state, then on each of the step's noises.
-        size = 1 + len(step.noises)
-        slots = {0: [1.0] + [0.0] * (size - 1)}
-        slots |= {slot: [float(k + 1 == i) for i in range(size)] for k, slot in enumerate(step.noises)}
-        for stage in step.stages:
-            alpha, sigma, *_ = stage.query.c
-            # E[v | x] = k x for data Normal(0, DATA_STD²).
-            k = alpha * sigma * (1 - DATA_STD**2) / (alpha**2 * DATA_STD**2 + sigma**2)
-            slots[stage.slot] = [k * number for number in mixed(stage.state, slots, size)]
-        gain, *shakes = mixed(step.next, slots, size)
-        variance = gain**2 * variance + sum(b * b for b in shakes)
-    return math.sqrt(variance)
-
-
-def mixed(recipe, slots, size):
-    return [sum(coefficient * slots[slot][i] for slot, coefficient in recipe.terms) for i in range(size)]
-
-
-def law(path, t):
-    c = path(t)
-    return math.hypot(c.alpha * DATA_STD, c.sigma)
-
-
-def errors(path, solver, steps, t_end=1.0, t_start=0.0, truth=None, **given):
-    truth = law(path, t_end) if truth is None else truth
-    found = []
-    for n in steps:
-        times = [t_start + (t_end - t_start) * k / n for k in range(n)] + [t_end]
-        found.append(abs(final_std(path, solver, times, **given) / truth - 1))
-    return found
-
-
-# Zero rate
-
-
-@pytest.mark.parametrize("name", ["rectified", "vp", "cosine", "edm"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    ("silent", "deterministic"),
-    [
-        (fl.solvers.Langevin(0.0), "euler"),
-        (fl.solvers.Langevin(0), "euler"),
-        (fl.solvers.Langevin(lambda t: 0.0), "euler"),
-        (fl.solvers.EulerMaruyama(0.0), "euler"),
-        (fl.solvers.EulerMaruyama(lambda t: 0.0), "euler"),
-        (fl.solvers.DDIM(eta=0.0), "ddim"),
-    ],
-    ids=["langevin", "langevin 0", "langevin function", "euler_maruyama", "euler_maruyama function", "ddim"],
-)
-def test_without_a_rate_it_is_the_ode_bit_for_bit(silent, deterministic, name, dtype):
-    model, noise = mixture().model(PATHS[name]), normal(16, 2, dtype=dtype)
-    for times in (None, [0.0, 0.2, 0.7]):
-        steps = 13 if times is None else None
-        one = fl.sample(model, noise, solver=silent, steps=steps, times=times, seed=1, record=True)
-        two = fl.sample(model, noise, solver=deterministic, steps=steps, times=times, seed=2, record=True)
-        assert torch.equal(one.x, two.x)
-        assert torch.equal(one.data, two.data)
-
-
-def test_who_is_stochastic():
-    stochastic = {name: fl.solvers.named(name).stochastic for name in fl.solvers.names()}
-    assert [name for name, is_it in stochastic.items() if is_it] == ["euler_maruyama", "langevin"]
-    assert not fl.solvers.Langevin(0.0).stochastic
-    assert not fl.solvers.EulerMaruyama(0.0).stochastic
-    assert not fl.solvers.DDIM(eta=0.0).stochastic
-    assert fl.solvers.DDIM(eta=0.1).stochastic
+GAMMAS = [0.5, 20.0]
 
 
 # The law, as steps grow
@@ -101,62 +27,60 @@ def test_who_is_stochastic():
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("name", ["rectified", "vp"])
 def test_std_of_gaussian_samples_tends_to_the_truth(name, gamma):
-    found = errors(PATHS[name], fl.solvers.Langevin(gamma), [50, 100, 200, 400, 800])
-    assert found[3] < 0.02, found
-    assert found[4] < 0.7 * found[3] < 0.7 * 0.8 * found[2], found
+    found = errors(PATHS[name], fl.solvers.Langevin(gamma), [200, 400, 800])
+    assert found[1] < 0.02, found
+    assert found[2] < 0.7 * found[1] < 0.7 * 0.8 * found[0], found
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("name", ["rectified", "vp"])
-@pytest.mark.parametrize("t", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("t", [0.3, 0.9])
 def test_law_between_is_the_paths(name, gamma, t):
-    found = errors(PATHS[name], fl.solvers.Langevin(gamma), [100, 400, 1200], t_end=t)
-    assert found[1] < 0.04, found
+    found = errors(PATHS[name], fl.solvers.Langevin(gamma), [200, 600], t_end=t)
+    assert found[0] < 0.07, found
     # VP starts from sigma(0) noise, whose variance misses that of its law by alpha(0)² = 4e-5.
-    assert found[2] < max(0.5 * found[1], 2e-4), found
+    assert found[1] < max(0.5 * found[0], 2e-4), found
 
 
 @pytest.mark.parametrize(
     "solver",
     [
-        fl.solvers.EulerMaruyama(1.0),
-        fl.solvers.EulerMaruyama(0.3),
         fl.solvers.EulerMaruyama(lambda t: 2 * t),
         fl.solvers.Langevin(lambda t: 3 * (1 - t)),
         fl.solvers.Langevin(lambda t: 10.0 if 0.3 < t < 0.6 else 0.0),
         fl.solvers.DDIM(eta=0.4),
-        fl.solvers.DDIM(eta=1.0),
+        fl.solvers.NoiseMixing(lambda t: 2 * t),
+        fl.solvers.StochasticEuler(lambda t: 3 * (1 - t)),
+        fl.solvers.NoiseRefresh(lambda t: 8 * t),
+        fl.solvers.SDEAdams(lambda t: 2 * t, steps=3, rule="exact"),
+        fl.solvers.Seeds(lambda t: 3 * (1 - t)),
     ],
-    ids=["em", "em 0.3", "em function", "langevin function", "langevin window", "ddim 0.4", "ddim 1"],
+    ids=lambda solver: solver.name,
 )
-@pytest.mark.parametrize("name", ["rectified", "vp", "subvp", "ve", "discrete"])
-@pytest.mark.parametrize("t", [0.7, 1.0])
+@pytest.mark.parametrize(("name", "t"), [("subvp", 1.0), ("ve", 1.0), ("discrete", 0.7)])
 def test_every_rate_keeps_the_law_on_every_path(name, solver, t):
     """From t = 0.1, at the law there; to a time between, or to the data, where no noise is added."""
-    path, steps = PATHS[name], [50, 200, 800]
-    truth = DATA_STD if t == 1.0 else law(path, t)
-    found = errors(path, solver, steps, t_end=t, t_start=0.1, truth=truth, start=law(path, 0.1))
-    assert found[2] < 0.02, found
+    found = errors(PATHS[name], solver, [40, 320], t_end=t, t_start=0.1, start=law(PATHS[name], 0.1))
+    assert found[1] < 0.03, found
     # Not better than the level that is landed from allows: VE and the table stop at sigma = 0.01.
-    assert found[2] < 0.5 * found[0] + 1e-3, found
+    assert found[1] < 0.5 * found[0] + 1e-3, found
 
 
-@pytest.mark.parametrize("gamma", [0.5, 20.0])
-@pytest.mark.parametrize("name", ["rectified", "vp"])
+@pytest.mark.parametrize(("name", "gamma"), [("rectified", 20.0), ("vp", 0.5)])
 def test_samples_have_the_std_that_was_planned(name, gamma):
-    """What runs is what was planned: 8,192 samples of 400 steps, within their own error and 2 % of the truth."""
+    """What runs is what was planned: 8,192 samples of 200 steps, within their own error and 2 % of the truth."""
     path, n = PATHS[name], 8192
     solver = fl.solvers.Langevin(gamma)
-    x = fl.sample(gaussian(0.0, DATA_STD).model(path), (n, 1), solver=solver, steps=400, seed=0).double()
-    planned = final_std(path, solver, [k / 400 for k in range(400)] + [1.0])
+    x = fl.sample(gaussian(0.0, DATA_STD).model(path), (n, 1), solver=solver, steps=200, seed=0).double()
+    planned = final_std(path, solver, uniform(200))
     assert float(x.std()) == pytest.approx(planned, rel=4 / math.sqrt(2 * n))
     assert abs(float(x.mean())) < 4 * DATA_STD / math.sqrt(n)
-    assert abs(float(x.std()) / DATA_STD - 1) < 0.02 + 4 / math.sqrt(2 * n)
+    assert abs(float(x.std()) / DATA_STD - 1) < 0.03 + 4 / math.sqrt(2 * n)
     kurtosis = float((x / x.std()).pow(4).mean())
     assert kurtosis == pytest.approx(3.0, abs=4 * math.sqrt(24 / n))
 
 
-@pytest.mark.parametrize("solver", [fl.solvers.Langevin(1.0), fl.solvers.EulerMaruyama(1.0), fl.solvers.DDIM(1.0)])
+@pytest.mark.parametrize("solver", [fl.solvers.Langevin(1.0), fl.solvers.DDIM(1.0)])
 def test_mixture_keeps_its_weights_and_widths(solver):
     """Not only for Gaussians: each component gets its share and its own spread."""
     gm, n = mixture(), 3000
@@ -185,7 +109,7 @@ def test_a_wrong_sampler_is_noticed():
             row = estimate.want(1 - down, down, "state")
             return row + up * at.randn() if up else row
 
-    found = errors(PATHS["rectified"], Borrowed(), [50, 200, 800])
+    found = errors(PATHS["rectified"], Borrowed(), [50, 150, 500])
     assert found[0] < found[1] < found[2]
     assert found[2] > 0.1
 
@@ -206,7 +130,7 @@ def test_ddim_with_eta_one_is_the_ddpm_posterior(name, prediction):
         x, xi = normal(6, 1), normal(6, 1, seed=1)
         slots = [x] + [None] * (step.slots - 1)
         slots[step.stages[0].slot] = step.stages[0].query.call(x, {})
-        slots[step.noises[0]] = xi
+        slots[step.noises[0].slot] = xi
         data = model(x, step.t).data
         mean = math.sqrt(bar_next) * beta / (1 - bar) * data
         mean = mean + math.sqrt(1 - beta) * (1 - bar_next) / (1 - bar) * x
@@ -223,7 +147,7 @@ def test_ddim_with_eta_between_is_the_papers(eta):
     x, xi = normal(6, 1), normal(6, 1, seed=1)
     slots = [x] + [None] * (step.slots - 1)
     slots[step.stages[0].slot] = step.stages[0].query.call(x, {})
-    slots[step.noises[0]] = xi
+    slots[step.noises[0].slot] = xi
     bar, bar_next, est = path(0.3).alpha ** 2, path(0.5).alpha ** 2, model(x, 0.3)
     omega = eta * math.sqrt((1 - bar_next) / (1 - bar)) * math.sqrt(1 - bar / bar_next)
     expected = math.sqrt(bar_next) * est.data + math.sqrt(1 - bar_next - omega**2) * est.noise + omega * xi
@@ -239,12 +163,12 @@ def test_small_steps_are_the_langevin_sde(name):
     x, c = normal(6, 1), path(t)
     slots = [x] + [None] * (step.slots - 1)
     slots[step.stages[0].slot] = step.stages[0].query.call(x, {})
-    slots[step.noises[0]] = torch.zeros_like(x)
+    slots[step.noises[0].slot] = torch.zeros_like(x)
     velocity = model(x, t).velocity
     drift = velocity + gamma * (c.alpha * velocity - c.dalpha * x)
     torch.testing.assert_close((step.next(slots) - x) / h, drift, rtol=1e-3, atol=1e-3)
     quiet = step.next(slots)
-    slots[step.noises[0]] = torch.ones_like(x)
+    slots[step.noises[0].slot] = torch.ones_like(x)
     shake = (step.next(slots) - quiet) / math.sqrt(h)
     expected = math.sqrt(2 * c.wronskian * c.sigma * gamma)
     torch.testing.assert_close(shake, torch.full_like(x, expected), rtol=1e-3, atol=0)
@@ -258,12 +182,12 @@ def test_kappa_one_is_the_reverse_of_the_noising_sde():
     x = normal(6, 1)
     slots = [x] + [None] * (step.slots - 1)
     slots[step.stages[0].slot] = step.stages[0].query.call(x, {})
-    slots[step.noises[0]] = torch.zeros_like(x)
+    slots[step.noises[0].slot] = torch.zeros_like(x)
     f, g = path.drift(t), path.diffusion(t)
     drift = -f * x + g**2 * model(x, t).score
     torch.testing.assert_close((step.next(slots) - x) / h, drift, rtol=1e-3, atol=1e-3)
     quiet = step.next(slots)
-    slots[step.noises[0]] = torch.ones_like(x)
+    slots[step.noises[0].slot] = torch.ones_like(x)
     torch.testing.assert_close((step.next(slots) - quiet) / math.sqrt(h), torch.full_like(x, g), rtol=1e-3, atol=0)
 
 
@@ -316,9 +240,9 @@ def test_noise_of_the_steps_is_independent(solver):
     for k, step in enumerate(plan(model, solver, times)):
         slots = [tr.x[k].double()] + [None] * (step.slots - 1)
         slots[step.stages[0].slot] = step.stages[0].query.call(slots[0], {})
-        slots[step.noises[0]] = torch.zeros_like(slots[0])
+        slots[step.noises[0].slot] = torch.zeros_like(slots[0])
         quiet = step.next(slots)
-        slots[step.noises[0]] = torch.ones_like(slots[0])
+        slots[step.noises[0].slot] = torch.ones_like(slots[0])
         shakes.append((tr.x[k + 1].double() - quiet) / (step.next(slots) - quiet))
     every = torch.cat(shakes, dim=1)  # (n, steps + start times 2)
     correlation = torch.corrcoef(every.T) - torch.eye(8, dtype=torch.float64)
