@@ -43,11 +43,14 @@ BUDGETS = (4, 6, 8, 10, 16, 32)
 # What is ours: (label, what fl.sample takes as solver, what it takes as times), for every family.
 _GRIDS: dict[str, Any] = {f"flow, shift {shift:g}": fl.grids.Flow(shift) for shift in (0.5, 0.7, 1.0, 1.4, 2.0)}
 _GRIDS |= {"uniform": "uniform", "cosine": "cosine", "karras": "karras", "exponential .1": fl.grids.Exponential(0.1)}
+_GRIDS["shifted .5"] = fl.grids.Shifted(0.5)
 _SOLVERS: dict[str, Any] = {
     "vab 2": fl.solvers.named("vab"),
     "vab 3": fl.solvers.named("vab", steps=3),
     "vabm 2": fl.solvers.named("vabm", steps=2),
     "vabm 3": "vabm",
+    "flow ab 2": fl.solvers.Adams("flow", "plain", steps=2),
+    "flow ab 3": fl.solvers.Adams("flow", "plain", steps=3),
     "flow abm 2": fl.solvers.Adams("flow", "plain", steps=2, correct=True),
     "flow abm 3": fl.solvers.Adams("flow", "plain", steps=3, correct=True),
     "unipc 2": fl.solvers.named("unipc", rule="exact"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fluvial.errors import OptionError
-from fluvial.langevin import langevin
+from fluvial.mcmc import langevin
 from problems import log_density, mixture, normal
 
 
