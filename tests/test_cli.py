@@ -8,7 +8,10 @@ import numpy
 import pytest
 import torch
 
-from fluvial import cli, load, sample, sheets
+from fluvial import cli, load, sample, sheets, solvers
+from fluvial.show import compare, settings
+
+LABELS = torch.arange(8) % 2  # as the command line takes them in turn
 
 
 def run(*arguments) -> int:
@@ -74,12 +77,97 @@ def test_info_says_the_convention(moons, capsys):
     assert "label (2 is none)" in said
 
 
+def test_options_of_the_solver_are_read_as_what_they_are(moons, tmp_path):
+    sheet, numbers = tmp_path / "s.png", tmp_path / "s.npz"
+    given = ["-n", 4, "--solver", "dpmpp_2m", "-O", "steps=3", "--option", "correct=true", "--times", "0,0.3,0.7,1"]
+    assert run("sample", moons, *given, "--out", sheet, "--npz", numbers) == 0
+    solver = solvers.named("dpmpp_2m", steps=3, correct=True)
+    expected = sample(load(moons), 4, solver=solver, times=[0.0, 0.3, 0.7, 1.0], seed=0, cond={"label": LABELS[:4]})
+    assert numpy.array_equal(numpy.load(numbers)["samples"], expected.numpy())
+    info = sheets.read_info(sheet)
+    assert (info["solver"], info["grid"], info["steps"]) == (repr(solver), [0.0, 0.3, 0.7, 1.0], 3)
+
+
+def test_solvers_that_choose_their_own_steps_say_what_they_took(moons, tmp_path):
+    assert run("sample", moons, "-n", 2, "--solver", "dopri5", "-O", "rtol=1e-3", "--out", tmp_path / "s.png") == 0
+    info = sheets.read_info(tmp_path / "s.png")
+    assert info["nfe"] > 6
+    assert info["steps"] == 1
+
+
+def test_brownian_noise_is_the_library_s(moons, tmp_path):
+    given = ["-n", 3, "--solver", "ddpm", "--steps", 4, "--noise", "brownian"]
+    assert run("sample", moons, *given, "--out", tmp_path / "s.png", "--npz", tmp_path / "s.npz") == 0
+    cond = {"label": LABELS[:3]}
+    expected = sample(load(moons), 3, noise="brownian", solver="ddpm", steps=4, seed=0, cond=cond)
+    assert numpy.array_equal(numpy.load(tmp_path / "s.npz")["samples"], expected.numpy())
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [["--compare", "solver=euler,ddpm", "steps=1,2"], ["--compare", "solver=euler,ddpm", "--compare", "steps=1,2"]],
+)
+def test_comparison_is_drawn_printed_and_written(asked, moons, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "REFERENCE_STEPS", 16)
+    sheet, figures = tmp_path / "c.png", tmp_path / "c.json"
+    assert run("sample", moons, *asked, "-n", 8, "--data", "moons", "--out", sheet, "--json", figures) == 0
+    info = json.loads(figures.read_text())
+    assert sheets.read_info(sheet) == info
+    assert [(c["solver"], c["steps"], c["nfe"]) for c in info["cells"]] == [
+        ("euler", "1", 1), ("euler", "2", 2), ("ddpm", "1", 1), ("ddpm", "2", 2),
+    ]  # fmt: skip
+    x = sample(load(moons), 8, solver="euler", steps=2, seed=0, cond={"label": LABELS[:8]})
+    y = sample(load(moons), 8, solver="vabm", steps=16, times="log_snr", seed=0, cond={"label": LABELS[:8]})
+    cell, said = info["cells"][1], capsys.readouterr().out
+    assert cell["rms"] == pytest.approx(float((x - y).square().mean().sqrt()), rel=1e-5)
+    for name in ("frechet", "sliced_wasserstein", "rms"):
+        assert f"{cell[name]:.4g}" in said
+    assert info["finding"] in said.replace("\n", " ")
+    assert "Traceback" not in said
+
+
+def test_info_says_what_solvers_there_are(capsys):
+    assert run("info", "--solvers") == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in solvers.names())
+    solver, grid = solvers.recommended(16)
+    assert [settings.spelled(solver), grid] == next(
+        line for line in said.splitlines() if line.startswith("16")
+    ).split()[1:]
+
+
 BAD = {
     "unknown solver": (["sample", "{moons}", "--solver", "heunn"], "did you mean 'heun'"),
-    "option of another solver": (["sample", "{moons}", "--gamma", "1"], "takes no options"),
+    "option of another solver": (["sample", "{moons}", "--gamma", "1"], "unknown option of Heun 'gamma'"),
     "no steps": (["sample", "{moons}", "--steps", "0"], "steps is 0"),
     "no samples": (["sample", "{moons}", "-n", "0"], "-n is 0"),
     "unknown grid": (["sample", "{moons}", "--grid", "even"], "unknown grid 'even'"),
+    "value of an option": (
+        ["sample", "{moons}", "--solver", "dpmpp_2m", "-O", "steps=two"],
+        "expected a whole number",
+    ),
+    "option without a value": (["sample", "{moons}", "-O", "gamma"], "expected name=value"),
+    "unknown noise": (["sample", "{moons}", "--noise", "white"], "unknown noise 'white'"),
+    "times that are none": (["sample", "{moons}", "--times", "0,half,1"], "expected numbers rising"),
+    "times and a grid": (["sample", "{moons}", "--times", "0,1", "--grid", "karras"], "expected one of them"),
+    "unknown comparison": (["sample", "{moons}", "--compare", "colour=a,b"], "unknown option to compare 'colour'"),
+    "unknown compared value": (["sample", "{moons}", "--compare", "solver=euler,heunn"], "did you mean 'heun'"),
+    "no comparison": (["sample", "{moons}", "--compare", "solver"], "expected option=value,value"),
+    "three compared": (
+        ["sample", "{moons}", "--compare", "steps=1,2", "grid=uniform", "path=vp"],
+        "3 options are compared",
+    ),
+    "steps and a budget": (["sample", "{moons}", "--compare", "steps=1,2", "nfe=4"], "expected one of them"),
+    "a budget and steps": (["sample", "{moons}", "--steps", "2", "--compare", "nfe=1"], "nfe is compared, and given"),
+    "a budget too small": (["sample", "{moons}", "--solver", "rk4", "--compare", "nfe=1"], "expected 3 or more"),
+    "compared and given": (["sample", "{moons}", "--solver", "heun", "--compare", "solver=euler"], "expected one"),
+    "nothing to compare": (["sample", "{moons}", "steps=4,8"], "of no use without --compare"),
+    "figures of nothing": (["sample", "{moons}", "--json", "{tmp}/x"], "of no use without --compare"),
+    "data of another shape": (
+        ["sample", "{moons}", "-n", "4", "--compare", "steps=1", "--data", "digits"],
+        "expected the model's, (2,)",
+    ),
+    "info of nothing": (["info"], "expected a run folder, or --solvers"),
     "label out of range": (["sample", "{moons}", "--label", "2"], "expected 0 to 1"),
     "no run": (["sample", "{tmp}/nothing"], "does not exist"),
     "not a run": (["info", "{tmp}"], "config.json"),

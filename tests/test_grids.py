@@ -380,7 +380,7 @@ def test_bad_input_is_one_clear_line(given):
 
 def test_unknown_grid_lists_the_known_ones():
     with pytest.raises(
-        OptionError, match=r"karas.*beta, cosine, exponential, fitted, karras, log_snr, shifted, uniform.*mean 'karras'"
+        OptionError, match=r"karas.*beta, cosine, exponential, fitted, flow, karras, log_snr, shifted, uniform.*mean 'karras'"
     ):
         grids.named("karas")
 
@@ -489,3 +489,27 @@ def test_densities_by_name():
     with pytest.raises(OptionError, match=r"logitnormal.*logit_normal") as caught:
         grids.density("logitnormal")
     one_line(caught.value)
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 400])
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_flow_takes_equal_steps_of_the_rectified_clock(name, steps, shift):
+    """By its words: equal steps of tau, shifted, from the path's start towards 1, or as far as the path goes."""
+    path = PATHS[name]
+    times = grids.resolve(grids.Flow(shift), path, steps, 1)
+    assert (times[0], times[-1], len(times)) == (0.0, 1.0, steps + 1)
+    taus = [c.alpha / (c.alpha + c.sigma) for c in path.table(times)]
+    shares = [k / (k + shift * (steps - k)) for k in range(steps)]
+    length = (taus[-1] - taus[0]) / shares[-1] if steps > 1 and name != "rectified" else 1.0
+    expected = [taus[0] + min(length, 1.0 - taus[0]) * share for share in shares]
+    assert taus[:-1] == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 9])
+def test_flow_on_the_rectified_path_is_uniform_and_shifted(steps):
+    path = PATHS["rectified"]
+    assert grids.Flow().times(path, steps) == pytest.approx(grids.Uniform().times(path, steps), abs=1e-12)
+    assert grids.Flow(3.0).times(path, steps) == pytest.approx(grids.Shifted(3.0).times(path, steps), abs=1e-12)
+    with pytest.raises(OptionError, match="shift is 0"):
+        grids.Flow(0.0)

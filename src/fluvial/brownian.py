@@ -2,7 +2,7 @@
 
 W(0) = 0 and W(1) are drawn first, then the middle between two known points, again and again (Lévy's construction),
 
-    W(m) = (W(l) + W(r))/2 + √(r - l)/2 z,            z the cell's own normal number, a function of (seed, sample, cell),
+    W(m) = (W(l) + W(r))/2 + √(r - l)/2 z,        z the cell's own normal number, a function of (seed, sample, cell)
 
 until the cell around a wanted time holds no other wanted time; there W is drawn at that very time by the bridge
 between l and r, from the same z. So a run sees exactly Brownian increments, and another run with other times sees the

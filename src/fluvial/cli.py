@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -16,8 +16,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fluvial import __version__, guidance, model, paths, predictions, sampling, sheets, solvers, training
+from fluvial import __version__, grids, model, paths, predictions, sampling, sheets, solvers, training
 from fluvial.errors import FluvialError, OptionError
+from fluvial.show import settings
+from fluvial.training import atomic
 
 app = typer.Typer(
     help="Fluvial: load, convert, sample, train and measure any diffusion or flow model.",
@@ -27,6 +29,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 console = Console()
+_SOLVER = sampling.DEFAULT_SOLVER
+_BUDGETS = (1, 2, 4, 8, 16, 32, 64)
 
 
 @app.callback()
@@ -87,56 +91,70 @@ def train(
 @app.command()
 def sample(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
+    more: Annotated[list[str] | None, typer.Argument(metavar="[OPTION=VALUES]", help="More for --compare.")] = None,
     n: Annotated[int, typer.Option("-n", help="How many samples.")] = 64,
-    solver: Annotated[str, typer.Option(help=", ".join(solvers.names()))] = sampling.DEFAULT_SOLVER,
-    steps: Annotated[int, typer.Option(help="Solver steps.")] = sampling.DEFAULT_STEPS,
-    grid: Annotated[str, typer.Option(help="uniform, karras, log_snr, shifted, cosine.")] = "uniform",
+    solver: Annotated[str | None, typer.Option(help=f"{', '.join(solvers.names())}. Default {_SOLVER}.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("-O", "--option", metavar="NAME=VALUE", help="An option of the solver.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help=f"Solver steps. Default {sampling.DEFAULT_STEPS}.")] = None,
+    grid: Annotated[str | None, typer.Option(help=f"{', '.join(grids.names())}. Default uniform.")] = None,
+    times: Annotated[str | None, typer.Option(help="The times themselves, rising in [0, 1]: 0,0.5,1.")] = None,
+    noise: Annotated[str, typer.Option(help="Of the steps: independent, or brownian (the same at any steps).")] = (
+        "independent"
+    ),
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     label: Annotated[int | None, typer.Option(help="The class; default: all of them in turn.")] = None,
     scale: Annotated[float | None, typer.Option("--guidance", help="Guidance scale; 1 is none.")] = None,
-    gamma: Annotated[float | None, typer.Option(help="Rate of the langevin solver.")] = None,
-    eta: Annotated[float | None, typer.Option(help="Noise of the ddim solver, 0 to 1.")] = None,
-    kappa: Annotated[float | None, typer.Option(help="Rate of the euler_maruyama solver.")] = None,
+    gamma: Annotated[float | None, typer.Option(help="Short for -O gamma=, as of the langevin solver.")] = None,
+    eta: Annotated[float | None, typer.Option(help="Short for -O eta=, as of the ddim solver.")] = None,
+    kappa: Annotated[float | None, typer.Option(help="Short for -O kappa=, as of the euler_maruyama solver.")] = None,
     path: Annotated[str | None, typer.Option(help="Sample in another notation.")] = None,
     weights: Annotated[str, typer.Option(help="ema or raw.")] = "ema",
-    out: Annotated[Path, typer.Option(help="The sheet to write.")] = Path("samples.png"),
+    out: Annotated[Path | None, typer.Option(help="The sheet to write. Default samples.png, or compare.png.")] = None,
     npz: Annotated[Path | None, typer.Option(help="Also write the numbers here.")] = None,
+    compared: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--compare", metavar="OPTION=VALUES", help=f"A grid over one or two of {', '.join(settings.READ)}."
+        ),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="With --compare: real data to measure against.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="With --compare: the figures, as JSON.")] = None,
 ) -> None:
-    """Sample a run: a PNG sheet, and the numbers on request. Every file says how it was made."""
+    """Sample a run: a PNG sheet, and the numbers on request. Every file says how it was made.
+
+    With --compare, a grid of sheets from the same noises: --compare solver=euler,heun steps=4,8.
+    """
     if n < 1:
         raise OptionError(f"-n is {n}; expected 1 or more samples")
-    given = {"gamma": gamma, "eta": eta, "kappa": kappa}
-    chosen = solvers.named(solver, **{name: value for name, value in given.items() if value is not None})
-    loaded = training.load(run, weights=weights)
-    if path is not None:
-        loaded = model.convert(loaded, path=path)
-    cond = _labels(loaded, n, label)
-    if scale is not None and scale != 1.0 and not cond:
-        raise OptionError("--guidance needs a class-conditional model; this one has no classes")
-    guide = None if scale is None else guidance.CFG(scale)
-    x = sampling.sample(
-        loaded, n, solver=chosen, steps=steps, times=grid, seed=seed, cond=cond, guidance=guide, progress=True
+    short = {"gamma": gamma, "eta": eta, "kappa": kappa}
+    options = [*(option or ()), *(f"{name}={value}" for name, value in short.items() if value is not None)]
+    if times is not None and grid is not None:
+        raise OptionError(f"--times {times} and --grid {grid} are given; expected one of them")
+    nodes = grid if times is None else settings.times(times)
+    chosen = settings.solver(solver or _SOLVER, options)
+    setting = settings.Setting(
+        chosen, steps, times=nodes, guidance=scale, path=None if path is None else paths.named(path)
     )
-    info = {
-        "fluvial": __version__,
-        "run": str(run),
-        "model": training.model_hash(run),
-        "weights": weights,
-        "path": loaded.path.config(),
-        "solver": repr(chosen),
-        "grid": grid,
-        "steps": steps,
-        "nfe": sampling.nfe(loaded, chosen, steps, grid),
-        "seed": seed,
-        "label": label,
-        "guidance": scale,
-    }
-    columns = 10 if cond and label is None and n % 10 == 0 else None
-    sheets.save(sheets.sheet(x, columns=columns, normalisation=loaded.normalisation), out, info)
-    console.print(f"{n} samples, {info['nfe']} NFE each: {out}", soft_wrap=True)
-    if npz is not None:
-        _save_npz(npz, x, cond, info)
-        console.print(f"and their numbers: {npz}", soft_wrap=True)
+    axes = {}
+    if compared:
+        count = times if steps is None else steps
+        given = {"solver": solver or options or None, "grid": nodes, "guidance": scale, "path": path}
+        axes = _axes([*compared, *(more or ())], given | {"steps": count, "nfe": count})
+    if compared and npz is not None:
+        raise OptionError("--npz cannot go with --compare; expected --json, for the figures")
+    for name, value in {"--data": data, "--json": json_file, "argument": more and " ".join(more)}.items():
+        if value is not None and not compared:
+            raise OptionError(f"{name} {value} is of no use without --compare")
+    loaded = training.load(run, weights=weights)
+    start = settings.Start(n, seed, _labels(loaded, n, label), noise)
+    made: dict[str, Any] = {"fluvial": __version__, "run": str(run), "model": training.model_hash(run, weights)}
+    made |= {"weights": weights, "label": label}
+    if compared:
+        _compare(loaded, setting, axes, start, data, made, out or Path("compare.png"), json_file)
+    else:
+        _sample(loaded, setting, start, made, out or Path("samples.png"), npz)
 
 
 @app.command()
@@ -159,12 +177,89 @@ def convert(
 
 
 @app.command()
-def info(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
-    """Say what is in a run folder: the convention in words, the network, the training."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in training.describe(run).items():
-        table.add_row(f"[bold]{name}[/bold]", str(value))
+def info(
+    run: Annotated[Path | None, typer.Argument(help="A run folder.")] = None,
+    solver_facts: Annotated[bool, typer.Option("--solvers", help="The solvers, and which to take.")] = False,
+) -> None:
+    """Say what is in a run folder (the convention in words, the network, the training), or what solvers there are."""
+    if run is None and not solver_facts:
+        raise OptionError("nothing to say something of; expected a run folder, or --solvers")
+    if run is not None:
+        table = Table(show_header=False, box=None, pad_edge=False)
+        for name, value in training.describe(run).items():
+            table.add_row(f"[bold]{name}[/bold]", str(value))
+        console.print(table)
+    if solver_facts:
+        rows = [[f.name, f.kind, f.order, f.calls, f.memory or "", f.needs, f.summary] for f in solvers.table()]
+        _print_table(["solver", "kind", "order", "calls", "memory", "needs", "is"], rows)
+        advice = [(nfe, *solvers.recommended(nfe)) for nfe in _BUDGETS]
+        rows = [[nfe, settings.spelled(solver), grid] for nfe, solver, grid in advice]
+        _print_table(["NFE", "--solver", "--grid"], rows, title="Which to take, on any path")
+
+
+def _print_table(header: list[str], rows: list[list[Any]], title: str | None = None) -> None:
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    for number, name in enumerate(header, start=1):
+        table.add_column(name, no_wrap=number < len(header))
+    for row in rows:
+        table.add_row(*map(str, row))
     console.print(table)
+
+
+def _axes(texts: list[str], given: dict[str, Any]) -> settings.Axes:
+    axes = settings.axes(texts)
+    for name in axes:
+        if given[name] is not None:
+            raise OptionError(f"{name} is compared, and given by an option too; expected one of them")
+    return axes
+
+
+def _sample(
+    loaded: model.Model,
+    setting: settings.Setting,
+    start: settings.Start,
+    info: dict[str, Any],
+    out: Path,
+    npz: Path | None,
+) -> None:
+    setting = setting.fitted(loaded)
+    drawn = settings.draw(loaded, setting, start, progress=True)
+    info |= {**setting.record(loaded), "nfe": drawn.nfe, "seed": start.seed, "noise": start.noise}
+    columns = 10 if start.cond and info["label"] is None and start.n % 10 == 0 else None
+    # A run that ends before the data is in other units than they are.
+    whole = not isinstance(setting.times, list) or setting.times[-1] == 1.0
+    picture = sheets.sheet(drawn.x, columns=columns, normalisation=loaded.normalisation if whole else None)
+    sheets.save(picture, out, info)
+    _say(f"{start.n} samples, {drawn.nfe} NFE each: {out}")
+    if npz is not None:
+        _save_npz(npz, drawn.x, start.cond, info)
+        _say(f"and their numbers: {npz}")
+
+
+def _compare(
+    loaded: model.Model,
+    setting: settings.Setting,
+    axes: settings.Axes,
+    start: settings.Start,
+    data: str | None,
+    info: dict[str, Any],
+    out: Path,
+    json_file: Path | None,
+) -> None:
+    from fluvial.show import compare, compare_sheet
+
+    source = None if data is None else training.open_source(data)
+    with console.status("sampling") as status:
+        found = compare.compare(loaded, setting, axes, start, source, status.update)
+    info |= found.record()
+    sheets.save(compare_sheet.draw(found), out, info)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_json(json_file, info)
+    _print_table(*found.table())
+    for name, said in found.said.items():
+        _say(f"{compare.SHORT[name]}: {said}.")
+    _say(f"{found.finding}. {out}")
 
 
 def _labels(loaded: model.Model, n: int, label: int | None) -> dict[str, torch.Tensor]:
@@ -178,7 +273,7 @@ def _labels(loaded: model.Model, n: int, label: int | None) -> dict[str, torch.T
     return {"label": torch.arange(n) % classes if label is None else torch.full((n,), label)}
 
 
-def _save_npz(path: Path, x: torch.Tensor, cond: dict[str, torch.Tensor], info: dict[str, Any]) -> None:
+def _save_npz(path: Path, x: torch.Tensor, cond: Mapping[str, torch.Tensor], info: dict[str, Any]) -> None:
     import numpy
 
     path.parent.mkdir(parents=True, exist_ok=True)

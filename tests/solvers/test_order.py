@@ -106,7 +106,7 @@ def test_a_wrong_formula_shows_in_the_order():
         ("vabm", 3, 1),
         ("euler_maruyama", 1, 1),
         ("langevin", 1, 1),
-    ],  # fmt: skip
+    ],
 )
 def test_declared_facts(name, order, stages):
     solver = fl.solvers.named(name)

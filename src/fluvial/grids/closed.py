@@ -59,10 +59,16 @@ class Flow:
             raise OptionError(f"shift is {self.shift}; expected a positive number, such as 1")
 
     def times(self, path: Clocked, steps: int) -> list[float]:
-        start = 1.0 / (1.0 + math.exp(min(-path.log_snr(0.0) / 2, 700.0)))
-        shares = (k / (k + self.shift * (steps - k)) for k in range(steps))
-        taus = [start + (1.0 - start) * share for share in shares]
+        low, high = (_logistic(path.log_snr(t) / 2) for t in (0.0, 1.0))
+        shares = [k / (k + self.shift * (steps - k)) for k in range(steps)]
+        # Where the path stops short of the data, the levels must lie on it: the last of them is its end at most.
+        length = 1.0 - low if steps == 1 else min(1.0 - low, (high - low) / shares[-1])
+        taus = [low + length * share for share in shares]
         return at_levels(path, [2.0 * math.log(tau / (1.0 - tau)) if tau > 0.0 else -math.inf for tau in taus])
+
+
+def _logistic(x: float) -> float:
+    return 1.0 / (1.0 + math.exp(min(-x, 700.0)))
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,15 @@ def _axes(width: float = 7.4, height: float = 3.9) -> tuple[Any, Any]:
     return plt.subplots(figsize=(width, height), layout="constrained")
 
 
+def panel() -> tuple[Any, Any]:
+    """A small figure among others, and its axes."""
+    figure, axes = _axes(2.9, 2.6)
+    axes.tick_params(labelsize=8)
+    axes.xaxis.label.set_size(8.5)
+    axes.yaxis.label.set_size(8.5)
+    return figure, axes
+
+
 def loss(metrics: Sequence[Mapping[str, Any]]) -> Any:
     """The training loss by step: all of it, and by log-SNR bin."""
     figure, axes = _axes()

@@ -206,7 +206,7 @@ class Line:
         if not finite:
             low, high = self._measure(low), self._measure(high)
         # Everything is analytic in h within |Im h| < pi/2: points enough for the last digits of float64.
-        points, weights = _gauss(min(8 + 4 * math.ceil(abs(high - low)), 96) if finite else 32)
+        points, weights = gauss(min(8 + 4 * math.ceil(abs(high - low)), 96) if finite else 32)
         middle, half = (high + low) / 2, (high - low) / 2
         at = [middle + half * u for u in points]
         hs = at if finite else [variable.level(m) for m in at]
@@ -243,7 +243,7 @@ def _turned_weights(nodes: Sequence[float], start: float, end: float) -> list[fl
 
 
 @cache
-def _gauss(n: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def gauss(n: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Gauss-Legendre points and weights on [-1, 1]: the eigenvalues of the Jacobi matrix.
 
     Source: Golub, Welsch: Calculation of Gauss quadrature rules (1969), https://doi.org/10.1090/S0025-5718-69-99647-1

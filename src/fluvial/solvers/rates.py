@@ -35,7 +35,7 @@ import torch
 from fluvial.errors import OptionError, PathTimeError, one_of
 from fluvial.paths import Coefficients, Path
 from fluvial.solvers.base import Solver
-from fluvial.solvers.integrals import _gauss
+from fluvial.solvers.integrals import gauss
 from fluvial.solvers.rows import At
 
 Rate = float | Callable[[float], float]
@@ -104,7 +104,7 @@ def exponent_of_refresh(at: At, rate: Rate) -> float:
     """E = integral of the rate dt over the step."""
     if not callable(rate):
         return rate * (at.s - at.t)
-    points, weights = _gauss(_POINTS)
+    points, weights = gauss(_POINTS)
     half = (at.s - at.t) / 2
     return half * sum(w * rate_at("rate", rate, at.t + half * (1.0 + u)) for u, w in zip(points, weights))
 
@@ -127,7 +127,7 @@ def _integral(at: At, kappa: Callable[[float, Coefficients], float]) -> float:
     low, high = (
         math.log1p(c.alpha / c.sigma) if pure else 2.0 * math.log(c.alpha / c.sigma) for c in (at.start, at.end)
     )
-    points, weights = _gauss(_POINTS)
+    points, weights = gauss(_POINTS)
     half = (high - low) / 2
     levels = low + half * (1.0 + torch.tensor(points, dtype=torch.float64))
     times = at.path.time(2.0 * torch.expm1(levels).log() if pure else levels).tolist()
