@@ -97,13 +97,16 @@ def rms(x: Tensor) -> float:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run")
-    parser.add_argument("data")
+    parser.add_argument("run", nargs="?")
+    parser.add_argument("data", nargs="?")
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--nfe", default="4,6,8,10,16")
     parser.add_argument("--real", type=int, default=10_000, help="images for the classifier and the distance")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
+    if arguments.data is None:
+        print("needs a run folder and the file it was trained on: frechet_per_nfe.py RUN DATA.npz")
+        return
     torch.set_num_threads(arguments.threads)
     source = training.open_source(arguments.data)
     batch = source.batch(torch.arange(arguments.real))

@@ -27,6 +27,7 @@ GRIDS = {
     "karras": grids.Karras(),
     "exponential": grids.Exponential(),
     "beta": grids.Beta(),
+    "flow": grids.Flow(),
 }
 LEVELS = (0.0, 0.1, 0.3, 0.35, 0.8, 0.9, 1.0)
 ANY_GRID = {
@@ -380,7 +381,8 @@ def test_bad_input_is_one_clear_line(given):
 
 def test_unknown_grid_lists_the_known_ones():
     with pytest.raises(
-        OptionError, match=r"karas.*beta, cosine, exponential, fitted, flow, karras, log_snr, shifted, uniform.*mean 'karras'"
+        OptionError,
+        match=r"karas.*beta, cosine, exponential, fitted, flow, karras, log_snr, shifted, uniform.*mean 'karras'",
     ):
         grids.named("karas")
 

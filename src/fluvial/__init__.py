@@ -27,6 +27,7 @@ _NAMES = {
     "FluvialError": "errors",
 }
 _MODULES = (
+    "captured",
     "couplings",
     "errors",
     "exact",

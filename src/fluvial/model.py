@@ -203,8 +203,11 @@ def fill_null(null: Mapping[str, Any], x: Tensor, skip: Mapping[str, Any] | tupl
     filled = {}
     for name, value in null.items():
         if name not in skip:
-            one = value.to(x.device) if isinstance(value, Tensor) else torch.tensor(value, device=x.device)
-            filled[name] = one.expand(len(x), *one.shape)
+            if isinstance(value, Tensor):
+                filled[name] = value.to(x.device, non_blocking=True).expand(len(x), *value.shape)
+            else:
+                # Filled where it is needed: a number copied to the device would make the host wait.
+                filled[name] = torch.full((len(x),), value, device=x.device)
     return filled
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -89,6 +89,14 @@ class Drawn:
         return c.alpha / (c.alpha + c.sigma)
 
 
+class Noises(Protocol):
+    """Where the noises of a run's steps come from."""
+
+    def source(self, plan: Plan, x: Tensor) -> Callable[[int, Step], list[Tensor]]:
+        """What gives the noises of step number `index`, for a run from the state x."""
+        ...
+
+
 class Run:
     """A plan with what it is run on.
 
@@ -99,7 +107,7 @@ class Run:
         drawn: the steps' noise; None where there is none.
     """
 
-    def __init__(self, model: Model, plan: Plan, cond: Mapping[str, Tensor], drawn: Drawn | None = None) -> None:
+    def __init__(self, model: Model, plan: Plan, cond: Mapping[str, Tensor], drawn: Noises | None = None) -> None:
         self.model, self.plan, self.cond, self.drawn = model, plan, cond, drawn
 
     def reports(self, x: Tensor, progress: bool = False) -> Iterator[StepReport]:

@@ -140,12 +140,17 @@ class Comparison:
 
     @property
     def finding(self) -> str:
-        """In one line: which setting is best."""
+        """In one line: which setting is best, or how many cannot be told from it."""
         key = self.shown[0]
         best = min(self.cells, key=lambda cell: cell.values[key])
         to = {"frechet": "data", "sliced_wasserstein": "model's ODE in distribution", "rms": "exact solution"}[key]
         at = ", ".join(f"{option} {value}" for option, value in zip(self.axes, best.at))
         floor = f", floor {best.floors[key].mean:.3g} ± {best.floors[key].std:.2g}" if key in best.floors else ""
+        noise = 2.0 * best.floors[key].std if key in best.floors else 0.0
+        alike = sum(cell.values[key] <= best.values[key] + noise for cell in self.cells)
+        if alike > 1:
+            count = f"{alike} of {len(self.cells)}"
+            return f"{count} are equally close to the {to} ({SHORT[key]} from {best.values[key]:.3g}{floor})"
         return f"Closest to the {to}: {at} ({SHORT[key]} {best.values[key]:.3g}{floor})"
 
     def table(self) -> tuple[list[str], list[list[str]]]:
