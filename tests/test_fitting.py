@@ -53,7 +53,7 @@ SEARCHED = {
     ("rectified", "heun"): 0.65,  # 0.50
     ("vp", "ddim"): 0.85,  # 0.74
     ("vp", "euler"): 0.75,  # 0.63
-    ("vp", "heun"): 0.5,  # 0.34
+    ("vp", "heun"): 0.7,  # 0.59
 }
 CURVED = {
     ("rectified", "heun"): 1.05,  # 1.00

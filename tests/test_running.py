@@ -260,3 +260,39 @@ def test_round_trip_error_falls_with_the_steps(name):
     assert errors[0] > 1.9 * errors[1] > 1.9**2 * errors[2]
     with pytest.raises(OptionError, match="stochastic"):
         fl.decode(model, trip.noise, solver="ddpm")
+
+
+# A budget
+
+
+@pytest.mark.parametrize("budget", [1, 2, 4, 11, 12, 40])
+@pytest.mark.parametrize("name", ["rectified", "vp", "ve"])
+def test_a_budget_is_kept_by_the_recommended_solver(name, budget):
+    network = Counter(lambda x, t: x)
+    model = Model(network, PATHS[name], "v")
+    tr = fl.sample(model, normal(3, 2), nfe=budget, record=True)
+    assert tr.nfe == network.calls == budget
+    solver, grid = fl.solvers.recommended(budget)
+    assert torch.equal(tr.x, fl.sample(model, normal(3, 2), solver=solver, steps=budget, times=grid, record=True).x)
+    own = fl.sample(model, normal(3, 2), nfe=budget, times="log_snr", record=True)
+    assert own.times == fl.grids.LogSNR().times(PATHS[name], budget)
+
+
+def test_a_budget_and_steps_do_not_go_together():
+    for given in ({"steps": 4}, {"solver": "euler"}):
+        with pytest.raises(OptionError, match="nfe is 4 together with solver or steps"):
+            fl.sample(mixture().model(PATHS["rectified"]), (3, 2), nfe=4, **given)
+    for bad in (0, True, 2.0):
+        with pytest.raises(OptionError, match="nfe is"):
+            fl.sample(mixture().model(PATHS["rectified"]), (3, 2), nfe=bad)
+
+
+def test_the_recommended_is_better_than_the_default_for_as_many_calls():
+    """On an exact mixture, from the same noise, by a factor: what it is recommended for."""
+    for name in ("rectified", "vp", "edm"):
+        model, noise = mixture().model(PATHS[name]), normal(64, 2)
+        truth = fl.sample(model, noise, solver="vabm", steps=400, times="log_snr")
+        for budget in (7, 11, 15, 31):
+            found = fl.sample(model, noise, nfe=budget)
+            heun = fl.sample(model, noise, solver="heun", steps=(budget + 1) // 2)
+            assert float((found - truth).norm()) < 0.5 * float((heun - truth).norm())

@@ -75,8 +75,9 @@ def sample(
     /,
     *,
     noise: str | Sequence[int] | Tensor | None = None,
-    solver: str | Solver = DEFAULT_SOLVER,
+    solver: str | Solver | None = None,
     steps: int | None = None,
+    nfe: int | None = None,
     times: Any = None,
     seed: int | None = None,
     first: int = 0,
@@ -125,7 +126,7 @@ def sample(
         DependenceError: for a stochastic solver on a model whose noise is not independent of its data.
         NonFiniteError: when a number that is not finite comes out.
     """
-    solver = solvers.named(solver)
+    solver, steps, times = _chosen(solver, steps, times, nfe)
     model = inputs.guided(model, guidance)
     if solver.stochastic and not model.independent:
         raise DependenceError(
@@ -154,6 +155,16 @@ def sample(
         if record:
             return Trajectory(torch.stack(states), torch.stack(estimates), reached, report.nfe, seed)
         return model.normalisation.invert(report.x) if nodes[-1] == 1.0 else report.x
+
+
+def _chosen(solver: str | Solver | None, steps: int | None, times: Any, nfe: int | None) -> tuple[Solver, Any, Any]:
+    """The solver, the steps and the times asked for, or those of a budget."""
+    if nfe is None:
+        return solvers.named(DEFAULT_SOLVER if solver is None else solver), steps, times
+    if solver is not None or steps is not None:
+        raise OptionError(f"nfe is {nfe} together with solver or steps; expected the budget alone, or those")
+    chosen, grid = solvers.recommended(nfe)
+    return chosen, nfe, grid if times is None else times
 
 
 def _runner(model: Model, solver: Solver, nodes: list[float], cond: Mapping[str, Tensor], drawn: Drawn) -> Any:
@@ -259,7 +270,7 @@ def encode(
 
 def decode(model: Model, noise: Tensor, **options: Any) -> Tensor:
     """The data (B, …) of this unit-variance noise: `sample` by an ODE, the way back from `encode`. Options as there."""
-    _ode(solvers.named(options.get("solver", DEFAULT_SOLVER)))
+    _ode(_chosen(options.get("solver"), None, None, None)[0])
     return sample(model, noise, **options)
 
 
