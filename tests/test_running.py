@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -50,7 +51,9 @@ def test_a_kept_plan_is_void_when_the_model_changes():
     # Copies, and other conventions around the same network, have plans of their own.
     vp = model.under(path=fl.paths.VP())
     assert "_plans" not in vp.__dict__
-    assert fl.sample(copy.deepcopy(model), noise, solver="vabm", steps=4).equal(narrow)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert "_plans" not in twin.__dict__
+        assert fl.sample(twin, noise, solver="vabm", steps=4).equal(narrow)
 
 
 def test_a_solver_that_cannot_be_hashed_still_runs():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from fluvial.errors import FluvialError, OptionError, PathTimeError, ShapeError
 from fluvial.model import Model, Normalisation, convert
 from problems import PATHS, Counter, Net, mixture, normal, one_line
 
+HERE = Path(__file__).parent
 SOLVERS = ["euler", "heun", "ddim", "langevin", "euler_maruyama", fl.solvers.DDIM(eta=0.7)]
 solvers = pytest.mark.parametrize("solver", SOLVERS, ids=str)
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -58,7 +62,7 @@ def test_natural_euler_is_the_same_in_every_notation(name, dtype, tolerance, ste
 # A sample does not depend on its batch
 
 
-@solvers
+@pytest.mark.parametrize("solver", [*fl.solvers.names(), fl.solvers.DDIM(eta=0.7)], ids=str)
 @dtypes
 def test_sample_does_not_depend_on_its_batch(solver, dtype):
     model, tolerance = flow(dtype), TOLERANCE[dtype]
@@ -70,6 +74,40 @@ def test_sample_does_not_depend_on_its_batch(solver, dtype):
         assert float((part - whole[first : first + count]).abs().max()) <= tolerance
     # At equal composition, bit for bit.
     assert torch.equal(fl.sample(model, noise, **given), whole)
+
+
+SHARED = """
+import sys, torch, fluvial as fl
+sys.path.insert(0, sys.argv[1])
+from problems import Net
+torch.set_num_threads(1)
+first, count, out = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+found = {}
+for dtype in (torch.float32, torch.float64):
+    model = fl.Model(Net(dtype=dtype), "rectified")
+    start = fl.random.normal(range(first, first + count), (2,), 9, dtype=dtype)
+    for solver in ("vabm", "dopri5", "ddpm", "seeds", "churn", "langevin"):
+        for noise in ("independent", "brownian"):
+            given = {"noise": noise, "solver": solver, "seed": 9, "first": first}
+            steps = None if solver == "dopri5" else 9
+            found[f"{solver} {noise} {dtype}"] = fl.sample(model, start, steps=steps, **given)
+torch.save(found, out)
+"""
+
+
+def test_two_processes_draw_what_one_draws(tmp_path):
+    """Adaptive and stochastic solvers too: each process its share of the samples."""
+    shares = {"whole": (0, 12), "left": (0, 5), "right": (5, 7)}
+    jobs = [
+        subprocess.Popen([sys.executable, "-c", SHARED, str(HERE), str(first), str(count), str(tmp_path / name)])
+        for name, (first, count) in shares.items()
+    ]
+    assert [job.wait(120) for job in jobs] == [0, 0, 0]
+    whole, left, right = (torch.load(tmp_path / name) for name in shares)
+    assert len(whole) == 24
+    for name, x in whole.items():
+        difference = float((torch.cat([left[name], right[name]]) - x).abs().max())
+        assert difference <= TOLERANCE[x.dtype], name
 
 
 @solvers

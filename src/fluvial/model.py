@@ -108,9 +108,12 @@ class Model:
 
     def _replace(self, **attributes: Any) -> Self:
         copy = object.__new__(type(self))
-        copy.__dict__.update(self.__dict__, **attributes)
-        copy.__dict__.pop("_plans", None)  # `fluvial.plans` keeps a model's plans with it
+        copy.__dict__.update(self.__getstate__(), **attributes)
         return copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What makes the model: not the plans that `fluvial.plans` keeps with it."""
+        return {name: value for name, value in self.__dict__.items() if name != "_plans"}
 
     def under(self, **changes: Any) -> Self:
         """The same network under an altered convention, such as under(independent=False)."""
