@@ -6,6 +6,7 @@ float64, and a second run with the same arguments finds it ready.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,9 +85,11 @@ class _Planner:
         steps: list[Step] = []
         past: tuple[Past, ...] = ()
         furthest = legs[0].t
-        for leg in legs:
+        lands = land and legs[-1].s == 1.0
+        for index, leg in enumerate(legs):
             # A run that ends on the data never calls the network at sigma = 0, whatever the path's own end.
-            at = self._at(leg, land and leg.s == 1.0, past)
+            at = self._at(leg, lands and leg.s == 1.0, past)
+            at.left = len(legs) - index if lands else math.inf
             if leg.t >= furthest and leg.s > furthest:
                 at.stretch, furthest = (leg.t, leg.s), leg.s
             if leg.start is not None:

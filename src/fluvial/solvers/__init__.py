@@ -37,7 +37,7 @@ _NAMED: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "dpmpp_3m": (Adams, {"variable": "data", "steps": 3, "rule": "halved"}),
     "dpmpp_2s": (SingleStep, {"variable": "data", "rule": "midpoint"}),
     "dpmpp_3s": (SingleStep, {"variable": "data", "steps": 3}),
-    "unipc": (Adams, {"variable": "data", "rule": "midpoint", "correct": True}),
+    "unipc": (Adams, {"variable": "data", "rule": "midpoint", "correct": True, "taper": True}),
     "deis": (Adams, {"variable": "noise", "clock": "time", "steps": 3}),
     "ipndm": (Adams, {"variable": "noise", "clock": "plain", "steps": 4, "rule": "equal"}),
     "vab": (Adams, {"variable": "v", "clock": "plain"}),

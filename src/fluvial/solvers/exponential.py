@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,8 +37,9 @@ def one_step(at: At, line: Line, asked: Asked, order: int, rule: str) -> Row:
     """A one-step method of order 1, 2 or 3 from the call `asked` at its start."""
     start, end = line.place(at.t, at.start), line.place(at.s, at.end)
     values = [(start, line.value(asked))]
-    # At an infinite end there is no way between; the pair is kept, as natural Euler does.
-    if order > 1 and not at.lands and line.reaches(start, end):
+    # From pure noise on the clock of log-SNR there is no half-way; the pair is kept, as natural Euler does.
+    endless = line.clock == "log_snr" and math.isinf(start.h)
+    if order > 1 and not at.lands and not endless and line.reaches(start, end):
         for share in ((0.5,), (1 / 3, 2 / 3))[order - 2]:
             middle = line.between(start, end, share)
             x = _moved(line, asked, at.x, start, middle, values)
@@ -96,6 +98,7 @@ class Adams(Exponential):
         steps: how many values the polynomial goes through, 1 to 4.
         correct: correct each state by the value found there, without another call (UniPC); this gains an order.
         start: "ramp" or "single".
+        taper: go through no more values than there are steps left before the landing (as UniPC does).
 
     Source: Zhang, Chen: Fast sampling of diffusion models with exponential integrator (2023),
     https://arxiv.org/abs/2204.13902; Lu et al.: DPM-Solver++ (2022), https://arxiv.org/abs/2211.01095; Zhao et al.:
@@ -105,6 +108,7 @@ class Adams(Exponential):
     steps: int = 2
     correct: bool = False
     start: Literal["ramp", "single"] = "ramp"
+    taper: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,11 +139,16 @@ class Adams(Exponential):
             return one_step(at, line, asked, self.order - 1, self.rule)
         x = self._corrected(at, line, start, values) if self.correct else at.x
         at.keep(value=values[0][1], **({"state": x} if self.correct else {}))
-        return _moved(line, asked, x, start, end, values[: self.steps], self.rule)
+        return _moved(line, asked, x, start, end, values[: self._through(at.left)], self.rule)
+
+    def _through(self, left: float) -> int:
+        """How many values the polynomial goes through, so many steps before the landing."""
+        return min(self.steps, int(left)) if self.taper and math.isfinite(left) else self.steps
 
     def _corrected(self, at: At, line: Line, here: Place, values: list[tuple[Place, Row]]) -> Row:
         """The last step taken again, its polynomial going through the value at its end too."""
         if not at.past or "state" not in at.past[0].rows:
             return at.x
-        moved = line.moved(at.past[0].rows["state"], values[1][0], here, values, self.rule)
+        through = values[: self._through(at.left + 1) + 1]
+        moved = line.moved(at.past[0].rows["state"], values[1][0], here, through, self.rule)
         return at.x if moved is None else moved

@@ -93,6 +93,10 @@ VARIABLES = {
 
 CLOCKS = ("log_snr", "time", "plain")
 
+# Half the log-SNR of pure noise is minus infinity. On that clock it stands where alpha/sigma is 1e-5, beyond which no
+# estimate changes: so the value found there is one that a polynomial can go through.
+_PURE_NOISE = math.log(1e-5)
+
 # How the polynomial is integrated: as it is, or as a method was published.
 #   midpoint: a line through two values by its value half-way (DPM-Solver++(2M), UniPC)
 #   halved: a parabola with half its bend (DPM-Solver++(3M), which is of order 2 for it)
@@ -133,7 +137,8 @@ class Line:
     def place(self, t: float, c: Coefficients) -> Place:
         """The place of time t, whose coefficients are c."""
         h = half_log_snr(c)
-        return Place(t, c, h, h if self.clock == "log_snr" else t if self.clock == "time" else self._measure(h))
+        clock = max(h, _PURE_NOISE) if self.clock == "log_snr" else t if self.clock == "time" else self._measure(h)
+        return Place(t, c, h, clock)
 
     def between(self, start: Place, end: Place, share: float) -> Place:
         """The place a share of the way from start to end, on the clock."""
@@ -202,6 +207,11 @@ class Line:
     def _quadrature(self, start: Place, end: Place) -> list[tuple[float, float]]:
         """Gauss-Legendre points as (c, dm): over h where it is finite, else over the variable's own clock."""
         variable, low, high = self.variable, start.h, end.h
+        beyond: list[tuple[float, float]] = []
+        if self.clock == "log_snr" and low < _PURE_NOISE:
+            # What lies before the stand-in of pure noise is taken as it is there.
+            beyond = [(_PURE_NOISE, self._measure(_PURE_NOISE) - self._measure(low))]
+            low = _PURE_NOISE
         finite = not (math.isinf(low) or math.isinf(high))
         if not finite:
             low, high = self._measure(low), self._measure(high)
@@ -212,7 +222,7 @@ class Line:
         hs = at if finite else [variable.level(m) for m in at]
         dms = [half * w * (variable.speed(h) if finite else 1.0) for w, h in zip(weights, hs)]
         if self.clock == "log_snr":
-            return list(zip(hs, dms))
+            return [*beyond, *zip(hs, dms)]
         if self.clock == "plain":
             return [(variable.clock(h), dm) for h, dm in zip(hs, dms)] if finite else list(zip(at, dms))
         return list(zip(self.path.time(2.0 * torch.tensor(hs, dtype=torch.float64)).tolist(), dms))

@@ -162,6 +162,7 @@ class At:
         query_at: the model's query at a time.
         x: the state's row.
         past: what the steps before left, the newest first.
+        left: the steps until the run lands on the data, this one included; infinite where it does not.
         stretch: the time that is this step's alone among all steps of the run, if any: what its noise belongs to.
     """
 
@@ -173,6 +174,7 @@ class At:
     path: Path
     query_at: Callable[[float], Query]
     past: Sequence[Past] = ()
+    left: float = math.inf
     stretch: tuple[float, float] | None = None
     x: Row = field(default_factory=lambda: Row({STATE: 1.0}))
     stages: list[Stage] = field(default_factory=list)
