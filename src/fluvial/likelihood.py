@@ -3,7 +3,7 @@
 Along dx/dt = v(x, t) the log density of a state changes by d log p/dt = -div v, so with the ODE run from the data, at
 time t_e, back to the noise at t_0,
 
-    log p(data) = log p_0(x_0) + ∫ div v dt  (t from t_e to t_0)  + D log alpha_e - sum log scale,
+    log p(data) = log p_start(x_start) + ∫ div v dt  (t from t_e to t_0)  + D log alpha_e - sum log scale,
 
 where the last two terms are the changes of variables from the data's own units to the state alpha_e data in path units
 (scale: the stored normalisation's). The integral rides along: the state gets one more coordinate, whose velocity is
