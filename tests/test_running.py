@@ -300,3 +300,21 @@ def test_the_recommended_is_better_than_the_default_for_as_many_calls():
             found = fl.sample(model, noise, nfe=budget)
             heun = fl.sample(model, noise, solver="heun", steps=(budget + 1) // 2)
             assert float((found - truth).norm()) < 0.5 * float((heun - truth).norm())
+
+
+@pytest.mark.parametrize("along", ["vp", "cosine", "rectified"])
+@pytest.mark.parametrize("name", ["rectified", "edm"])
+def test_along_another_path_backwards_too(name, along):
+    """There and back on inner times by the same clock: of second order, and with every call made."""
+    model, network = mixture().model(PATHS[name]), Counter(lambda x, t: x)
+    lo, hi = (PATHS[name].time(level) for level in (-6.0, 4.0))
+    x = PATHS[name](lo).sigma * normal(16, 2)
+    solver, errors = fl.solvers.Heun(along=PATHS[along]), []
+    for steps in (40, 80):
+        times = [lo + (hi - lo) * k / steps for k in range(steps + 1)]
+        there = fl.sampling.integrate(model, x, times, solver=solver)
+        back = fl.sampling.integrate(model, there, times[::-1], solver=solver)
+        errors.append(float((back - x).norm() / x.norm()))
+    assert errors[0] > 3.4 * errors[1]
+    fl.sampling.integrate(Model(network, PATHS[name], "v"), x, times[::-1], solver=solver)
+    assert network.calls == 2 * 80

@@ -124,3 +124,13 @@ def test_pure_noise_stands_at_a_level_on_the_clock_of_log_snr(solver):
     far = fl.sample(model, noise, solver=solver, times=[1e-3, *later])
     assert float((whole - close).abs().max()) < 1e-4
     assert float((whole - far).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "dpmpp_3m", "unipc", "deis", "vabm", "dpmpp_2s"])
+def test_levels_beyond_where_pure_noise_stands_are_levels_all_the_same(solver):
+    """Almost nothing happens at such noise, so nearly the same samples come out with or without steps there."""
+    model, noise = mixture().model(PATHS["rectified"]), normal(64, 2)
+    later = [k / 40 for k in range(1, 41)]
+    plain = fl.sample(model, noise, solver=solver, times=[0.0, *later])
+    more = fl.sample(model, noise, solver=solver, times=[0.0, 1e-7, 1e-6, 1e-5, 1e-4, *later])
+    assert float((more - plain).square().mean().sqrt()) < 0.02

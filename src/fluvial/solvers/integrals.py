@@ -137,8 +137,9 @@ class Line:
     def place(self, t: float, c: Coefficients) -> Place:
         """The place of time t, whose coefficients are c."""
         h = half_log_snr(c)
-        clock = max(h, _PURE_NOISE) if self.clock == "log_snr" else t if self.clock == "time" else self._measure(h)
-        return Place(t, c, h, clock)
+        if self.clock == "log_snr":
+            return Place(t, c, h, _PURE_NOISE if h == -math.inf else h)
+        return Place(t, c, h, t if self.clock == "time" else self._measure(h))
 
     def between(self, start: Place, end: Place, share: float) -> Place:
         """The place a share of the way from start to end, on the clock."""
@@ -208,7 +209,7 @@ class Line:
         """Gauss-Legendre points as (c, dm): over h where it is finite, else over the variable's own clock."""
         variable, low, high = self.variable, start.h, end.h
         beyond: list[tuple[float, float]] = []
-        if self.clock == "log_snr" and low < _PURE_NOISE:
+        if self.clock == "log_snr" and low == -math.inf:
             # What lies before the stand-in of pure noise is taken as it is there.
             beyond = [(_PURE_NOISE, self._measure(_PURE_NOISE) - self._measure(low))]
             low = _PURE_NOISE

@@ -57,7 +57,7 @@ class RungeKutta(Solver):
 
 
 def _advanced(x: Row, h: float, coefficients: tuple[float, ...], slopes: list[Row]) -> Row:
-    # Equal weights are factored out, so that the rows of the tidy methods are the textbook's.
+    """x + h sum_j coefficients_j slopes_j."""
     for coefficient, slope in zip(coefficients, slopes):
         if coefficient:
             x = x + (h * coefficient) * slope
@@ -76,13 +76,13 @@ class _Frame:
             self.h = at.s - at.t
             return
         low, high = self.along.log_snr(0.0), self.along.log_snr(1.0)
-        self.t = self.along.time(self.own.log_snr(at.t))
-        # Before the other path begins, the pair is first mixed at its beginning.
-        self.early = self.own.log_snr(at.t) < low
-        if not self.early:
+        self.t = self.along.time(_log_snr(at.start))
+        # From beyond the other path's ends the pair is first mixed at the nearer of them.
+        self.outside = not low <= _log_snr(at.start) <= high
+        if not self.outside:
             self.x = self._scale(self.along(self.t), at.start) * at.x
         self.s = 1.0 if at.lands else self.along.time(_log_snr(at.end))
-        self.stops = at.lands or _log_snr(at.end) > high or self.s <= self.t
+        self.stops = at.lands or not low <= _log_snr(at.end) <= high or self.s == self.t
         self.h = self.s - self.t
 
     def slope(self, x: Row, c: float) -> Row:
@@ -94,7 +94,7 @@ class _Frame:
         here = self.along(self.t + c * self.h)
         if c == 0.0:
             self.last = at.ask(at.x, at.t)
-            if self.early:
+            if self.outside:
                 self.x = self.last.want(here.alpha, here.sigma, "state")
         else:
             time = at.s if c == 1.0 else self.own.time(_log_snr(here))
