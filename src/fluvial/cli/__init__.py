@@ -1,0 +1,10 @@
+"""The command line: parses, calls the library, prints. Errors are one line and exit code 2; --debug shows the rest."""
+
+from __future__ import annotations
+
+# Importing a module of commands adds them to the application: in the order of a first acquaintance, not the alphabet's.
+from fluvial.cli import train  # isort: skip
+from fluvial.cli import sample  # isort: skip
+from fluvial.cli.app import app, main  # isort: skip
+
+__all__ = ["app", "main", "sample", "train"]

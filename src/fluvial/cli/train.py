@@ -1,0 +1,112 @@
+"""Commands on runs: the quickstart, training, conversion, and what is in a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from fluvial import paths, predictions, solvers, training
+from fluvial.cli.app import app
+from fluvial.cli.common import console, interruptible, print_table, say
+from fluvial.errors import OptionError
+from fluvial.show import settings
+
+_BUDGETS = (1, 2, 4, 8, 16, 32, 64)
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("quickstart"),
+    steps: Annotated[int | None, typer.Option(help="Training steps (default 1000).")] = None,
+) -> None:
+    """Train on real handwritten digits and report on flow and diffusion, in about five minutes. No download."""
+    from fluvial.show import quickstart as job
+
+    _require_steps(steps)
+    with interruptible():
+        report = job.run(out, say, job.STEPS if steps is None else steps)
+    console.print(f"Open [bold]{report}[/bold] in a browser.", soft_wrap=True)
+
+
+@app.command()
+def train(
+    data: Annotated[str, typer.Argument(help="digits, moons, a folder of images, file.npz, hf:name, …")],
+    out: Annotated[Path, typer.Option(help="The run folder; an existing one is resumed.")],
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 2000,
+    batch_size: Annotated[int, typer.Option(help="Samples per step, over all processes.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    path: Annotated[str, typer.Option(help="rectified, cosine, vp, subvp, ve, edm.")] = "rectified",
+    prediction: Annotated[str, typer.Option(help="velocity, data, noise, v, score, edm.")] = "velocity",
+    times: Annotated[
+        str, typer.Option(help="Training times: uniform, logit_normal, u_shaped, log_normal.")
+    ] = "uniform",
+    weight: Annotated[str, typer.Option(help="uniform, noise, min_snr, truncated_snr, edm, sigmoid.")] = "uniform",
+    coupling: Annotated[str, typer.Option(help="independent or ot.")] = "independent",
+    drop_cond: Annotated[float, typer.Option(help="Share of conditions hidden in training, for guidance.")] = 0.1,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16.")] = "auto",
+    image_size: Annotated[int | None, typer.Option(help="Resize and crop images to this.")] = None,
+) -> None:
+    """Train a model, or go on with an interrupted run: the same command resumes exactly."""
+    from fluvial.objectives import Objective
+    from fluvial.show.run_report import write
+
+    source = training.open_source(data, image_size=image_size)
+    net = training.model_for(source, path=path, prediction=prediction)
+    objective = Objective(target=net.prediction, times=times, weight=weight, coupling=coupling)
+    options: dict[str, Any] = {} if lr is None else {"lr": lr}
+    options |= {"seed": seed, "drop_cond": drop_cond, "precision": precision}
+    with interruptible():
+        run = training.train(net, source, objective, steps=steps, batch_size=batch_size, out=out, **options)
+    if training.is_main_process():
+        for name, reason in source.skipped:
+            console.print(f"skipped {name}: {reason}", soft_wrap=True)
+        console.print(f"{run.folder}: {steps} steps done. Report: {write(out)}", soft_wrap=True)
+
+
+@app.command()
+def convert(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    path: Annotated[str | None, typer.Option(help="rectified, cosine, vp, subvp, ve, edm.")] = None,
+    prediction: Annotated[str | None, typer.Option(help="velocity, data, noise, v, score, edm.")] = None,
+) -> None:
+    """Write a run in another notation, around the same weights, without training."""
+    if path is None and prediction is None:
+        raise OptionError("nothing to convert to; expected --path or --prediction (or both)")
+    if out.resolve() == run.resolve():
+        raise OptionError(f"--out is the run itself ({out}); expected another folder")
+    # A wrong name is known before the run is read.
+    paths.named(path or "rectified")
+    predictions.named(prediction or "velocity")
+    converted = training.convert_run(run, out, path, prediction)
+    console.print(f"{out}: {converted.path}, predicting {converted.prediction.name}", soft_wrap=True)
+
+
+@app.command()
+def info(
+    run: Annotated[Path | None, typer.Argument(help="A run folder.")] = None,
+    solver_facts: Annotated[bool, typer.Option("--solvers", help="The solvers, and which to take.")] = False,
+) -> None:
+    """Say what is in a run folder (the convention in words, the network, the training), or what solvers there are."""
+    if run is None and not solver_facts:
+        raise OptionError("nothing to say something of; expected a run folder, or --solvers")
+    if run is not None:
+        table = Table(show_header=False, box=None, pad_edge=False)
+        for name, value in training.describe(run).items():
+            table.add_row(f"[bold]{name}[/bold]", str(value))
+        console.print(table)
+    if solver_facts:
+        rows = [[f.name, f.kind, f.order, f.calls, f.memory or "", f.needs, f.summary] for f in solvers.table()]
+        print_table(["solver", "kind", "order", "calls", "memory", "needs", "is"], rows)
+        advice = [(nfe, *solvers.recommended(nfe)) for nfe in _BUDGETS]
+        rows = [[nfe, settings.spelled(solver), grid] for nfe, solver, grid in advice]
+        print_table(["NFE", "--solver", "--grid"], rows, title="Which to take, on any path")
+
+
+def _require_steps(steps: int | None) -> None:
+    if steps is not None and steps < 1:
+        raise OptionError(f"--steps is {steps}; expected 1 or more")
