@@ -8,7 +8,7 @@ from typing import Any
 BLUE, ORANGE, GREEN, RED, GREY = "#1f6fb4", "#d9772b", "#3a9668", "#b8405e", "#8a96a3"
 
 
-def _axes(width: float = 7.4, height: float = 3.9) -> tuple[Any, Any]:
+def blank(width: float = 7.4, height: float = 3.9) -> tuple[Any, Any]:
     """A figure in the house style, and its axes."""
     import matplotlib
 
@@ -39,7 +39,7 @@ def _axes(width: float = 7.4, height: float = 3.9) -> tuple[Any, Any]:
 
 def panel() -> tuple[Any, Any]:
     """A small figure among others, and its axes."""
-    figure, axes = _axes(2.9, 2.6)
+    figure, axes = blank(2.9, 2.6)
     axes.tick_params(labelsize=8)
     axes.xaxis.label.set_size(8.5)
     axes.yaxis.label.set_size(8.5)
@@ -48,7 +48,7 @@ def panel() -> tuple[Any, Any]:
 
 def loss(metrics: Sequence[Mapping[str, Any]]) -> Any:
     """The training loss by step: all of it, and by log-SNR bin."""
-    figure, axes = _axes()
+    figure, axes = blank()
     steps = [m["step"] for m in metrics]
     names = list(metrics[-1]["loss_by_log_snr"])
     import matplotlib
@@ -73,7 +73,7 @@ def loss(metrics: Sequence[Mapping[str, Any]]) -> Any:
 
 def loss_by_log_snr(metrics: Sequence[Mapping[str, Any]]) -> Any:
     """Where the remaining loss sits: the mean of the last records, per log-SNR bin."""
-    figure, axes = _axes(height=3.2)
+    figure, axes = blank(height=3.2)
     tail = metrics[-max(1, len(metrics) // 5) :]
     names, values = list(tail[-1]["loss_by_log_snr"]), []
     for name in names:
@@ -131,7 +131,7 @@ def spread(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 def _by_nfe(rows: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float]) -> tuple[Any, Any]:
     """A line per sampler against NFE."""
-    figure, axes = _axes(5.4, 4.0)
+    figure, axes = blank(5.4, 4.0)
     for sampler, colour in zip(dict.fromkeys(r["sampler"] for r in rows), (GREY, BLUE, ORANGE, GREEN, RED)):
         mine = [r for r in rows if r["sampler"] == sampler]
         axes.plot([r["nfe"] for r in mine], [value(r) for r in mine], "o-", color=colour, label=sampler, ms=4)
@@ -162,7 +162,7 @@ def gamma_frechet(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _by_gamma(rows: Sequence[Mapping[str, Any]], key: str, colour: str) -> tuple[Any, Any]:
-    figure, axes = _axes(5.4, 3.6)
+    figure, axes = blank(5.4, 3.6)
     axes.plot(range(len(rows)), [r[key] for r in rows], "o-", color=colour, label="generated digits")
     axes.set_xticks(range(len(rows)), ["0 (ODE)" if r["gamma"] == 0 else f"{r['gamma']:g}" for r in rows])
     axes.set_xlabel("Langevin rate gamma")
@@ -171,7 +171,7 @@ def _by_gamma(rows: Sequence[Mapping[str, Any]], key: str, colour: str) -> tuple
 
 def trajectories(states: Any, data: Any, colour: str, title: str) -> Any:
     """Paths of noise through an exact 2-D mixture: (steps + 1, B, 2) states, (n, 2) data."""
-    figure, axes = _axes(5.4, 5.2)
+    figure, axes = blank(5.4, 5.2)
     axes.scatter(*data.T, s=3, color=GREY, alpha=0.35, lw=0, label="data")
     axes.plot(states[:, :, 0], states[:, :, 1], color=colour, lw=0.7, alpha=0.7)
     axes.scatter(*states[0].T, s=10, color="#1c2430", zorder=3, label="noise (start)")
