@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluvial import grids, inputs, solvers
+from fluvial import inputs, solvers
 from fluvial.errors import OptionError, ShapeError
 from fluvial.model import Model
 from fluvial.plans import Plan, plan
@@ -53,7 +53,7 @@ class Captured:
         if isinstance(solver, solvers.Dopri5):
             raise OptionError("dopri5 chooses its steps while it runs; expected a solver whose plan is fixed")
         self.model = inputs.guided(model, guidance)
-        self.nodes = grids.resolve(times, model.path, steps, DEFAULT_STEPS, model.grid)
+        self.nodes = model.times(times, steps, DEFAULT_STEPS)
         self.plan = plan(self.model, solver, self.nodes)
         self.start = inputs.start(self.model, tuple(shape), self.nodes[0], 0, 0, None, None)
         self.cond = {k: v.clone() for k, v in inputs.conditions(self.model, cond, self.start).items()}

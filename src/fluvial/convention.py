@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fluvial import paths, predictions
 from fluvial.errors import OptionError
-from fluvial.grids import Fitted
+from fluvial.grids import Fitted, Segments
 from fluvial.paths import Path
 from fluvial.predictions import Prediction
 
@@ -85,6 +85,7 @@ class Convention:
         normalisation: how the data were brought to path units.
         shape: one sample's shape, where it is known.
         grid: the sampling grid fitted to it, where there is one: what `times="fitted"` names.
+        segments: where it was straightened piece by piece: samplers stop at the ends of these.
     """
 
     path: Path
@@ -96,6 +97,7 @@ class Convention:
     normalisation: Normalisation = Normalisation()
     shape: tuple[int, ...] | None = None
     grid: Fitted | None = None
+    segments: Segments | None = None
 
     def __post_init__(self) -> None:
         if self.grid is not None and not isinstance(self.grid, Fitted):
@@ -124,6 +126,7 @@ class Convention:
             "shape": None if self.shape is None else list(self.shape),
             # Only where there is one, so that a model without keeps the description, and the hash, that it had.
             **({} if self.grid is None else {"grid": self.grid.config()}),
+            **({} if self.segments is None else {"segments": self.segments.config()}),
         }
 
     @classmethod
@@ -141,4 +144,5 @@ class Convention:
             normalisation=Normalisation(**normalisation),
             shape=None if config["shape"] is None else tuple(config["shape"]),
             grid=Fitted.from_config(config["grid"]) if "grid" in config else None,
+            segments=Segments.from_config(config["segments"]) if "segments" in config else None,
         )

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from fluvial import grids, inputs, random, running, sampling, solvers
+from fluvial import inputs, random, running, sampling, solvers
 from fluvial.errors import NonFiniteError, OptionError, one_of
 from fluvial.model import Model
 from fluvial.predictions import Estimate, Query, Velocity, solve
@@ -282,7 +282,7 @@ def _backward(velocity: Callable[[Tensor], Tensor], x: Tensor, directions: Tenso
 def _nodes(model: Model, solver: Solver, times: Any, steps: int | None) -> list[float]:
     """The times, rising; an end at the data is put at the last noise level that is asked for."""
     default = 1 if isinstance(solver, solvers.Dopri5) else DEFAULT_STEPS
-    nodes = grids.resolve(times, model.path, steps, default, model.grid)
+    nodes = model.times(times, steps, default)
     if nodes[-1] == 1.0:
         end = model.path.time(_LAST_LOG_SNR)
         nodes = [*(t for t in nodes[:-1] if t < end), end]

@@ -21,10 +21,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fluvial import paths, predictions
+from fluvial import grids, paths, predictions
 from fluvial.convention import Clock, Convention, Normalisation
 from fluvial.errors import OptionError, ShapeError
-from fluvial.grids import Fitted
+from fluvial.grids import Fitted, Segments
 from fluvial.paths import Coefficients, Path
 from fluvial.predictions import Data, Estimate, Noise, Prediction, Query, combine, solve, spread
 
@@ -154,6 +154,14 @@ class Model:
     @property
     def grid(self) -> Fitted | None:
         return self.convention.grid
+
+    @property
+    def segments(self) -> Segments | None:
+        return self.convention.segments
+
+    def times(self, times: Any = None, steps: int | Sequence[int] | None = None, default: int = 1) -> list[float]:
+        """The times a sampler of this model visits: `grids.resolve` with the model's own grid and segments."""
+        return grids.resolve(times, self.path, steps, default, self.grid, self.segments)
 
     def parameters(self) -> list[nn.Parameter]:
         """The network's parameters (none for a plain callable)."""
@@ -317,4 +325,4 @@ def convert(model: Model, path: Path | str | None = None, prediction: str | Pred
     to_path = model.path if path is None else paths.named(path)
     to_prediction = model.prediction if prediction is None else predictions.named(prediction)
     converted = Converted(source, to_path, to_prediction)
-    return converted.under(independent=model.independent, grid=model.grid)
+    return converted.under(independent=model.independent, grid=model.grid, segments=model.segments)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from fluvial.model import Model
@@ -75,6 +76,8 @@ class _Planner:
     def __init__(self, model: Model, solver: Solver, visited: Sequence[float]) -> None:
         self.model, self.solver = model, solver
         self.queries: dict[float, Query] = dict(zip(visited, model.queries(visited)))
+        # Where one segment meets the next the velocity jumps.
+        self.joints = [] if model.segments is None else model.segments.nodes(model.path)[1:-1]
 
     def query_at(self, t: float) -> Query:
         if t not in self.queries:
@@ -88,6 +91,8 @@ class _Planner:
         lands = land and legs[-1].s == 1.0
         for index, leg in enumerate(legs):
             # A run that ends on the data never calls the network at sigma = 0, whatever the path's own end.
+            if leg.t in self.joints:
+                past = ()
             at = self._at(leg, lands and leg.s == 1.0, past)
             at.left = len(legs) - index if lands else math.inf
             if leg.t >= furthest and leg.s > furthest:
@@ -101,7 +106,16 @@ class _Planner:
     def _at(self, leg: Leg, lands: bool, past: tuple[Past, ...]) -> At:
         start = leg.t if leg.start is None else leg.start
         end = _DATA if lands else self.query_at(leg.s).c
-        return At(start, leg.s, self.query_at(start).c, end, lands, self.model.path, self.query_at, past)
+        joint = max(leg.t, leg.s)
+        ask = partial(self._query_before, joint) if joint in self.joints else self.query_at
+        return At(start, leg.s, self.query_at(start).c, end, lands, self.model.path, ask, past)
+
+    def _query_before(self, joint: float, t: float) -> Query:
+        """The query at t; at the joint, of the segment that ends there."""
+        segments = self.model.segments
+        if t != joint or segments is None:
+            return self.query_at(t)
+        return self.query_at(t)._replace(call=self.query_at(segments.before(self.model.path, t)).call)
 
 
 def _leave_data(at: At) -> Row:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluvial import grids, inputs, plans, solvers
+from fluvial import inputs, plans, solvers
 from fluvial.adaptive import AdaptiveRun
 from fluvial.errors import DependenceError, OptionError
 from fluvial.model import Model
@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 DEFAULT_SOLVER, DEFAULT_STEPS = "heun", 18
+Steps = int | Sequence[int]
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Trajectory:
         return self.data[-1]
 
 
-def nfe(model: Model, solver: str | Solver, steps: int | None = None, times: Any = None) -> int:
+def nfe(model: Model, solver: str | Solver, steps: Steps | None = None, times: Any = None) -> int:
     """Network evaluations per sample that `sample` would make with these arguments."""
     solver = solvers.named(solver)
     return sum(len(step.stages) for step in plan(model, solver, _nodes(model, solver, times, steps)))
@@ -76,7 +77,7 @@ def sample(
     *,
     noise: str | Sequence[int] | Tensor | None = None,
     solver: str | Solver | None = None,
-    steps: int | None = None,
+    steps: Steps | None = None,
     nfe: int | None = None,
     times: Any = None,
     seed: int | None = None,
@@ -103,7 +104,8 @@ def sample(
             taken as `start`.
         solver: a name or an object; default "heun".
         steps: N steps use N + 1 times; default 18 (35 network calls with heun). Dopri5 makes its own steps between
-            these times, and its default is 1.
+            these times, and its default is 1. A model straightened piece by piece takes a number for each segment,
+            (1, 9), too; of a single number each gets its share.
         times: a grid (`fl.grids`) or its name, or an explicit rising list or tensor in [0, 1]; default uniform. A run
             that ends at 1 lands on the data, without noise; one that ends before returns its state, in path units.
         seed: of the start noise and the steps' noise, which are separate streams; None draws one from torch's
@@ -157,7 +159,7 @@ def sample(
         return model.normalisation.invert(report.x) if nodes[-1] == 1.0 else report.x
 
 
-def _chosen(solver: str | Solver | None, steps: int | None, times: Any, nfe: int | None) -> tuple[Solver, Any, Any]:
+def _chosen(solver: str | Solver | None, steps: Steps | None, times: Any, nfe: int | None) -> tuple[Solver, Any, Any]:
     """The solver, the steps and the times asked for, or those of a budget."""
     if nfe is None:
         return solvers.named(DEFAULT_SOLVER if solver is None else solver), steps, times
@@ -173,20 +175,22 @@ def _runner(model: Model, solver: Solver, nodes: list[float], cond: Mapping[str,
     return Run(model, plan(model, solver, nodes), cond, drawn)
 
 
-def _nodes(model: Model, solver: Solver, times: Any, steps: int | None, strength: float | None = None) -> list[float]:
+def _nodes(model: Model, solver: Solver, times: Any, steps: Steps | None, strength: float | None = None) -> list[float]:
     """The times of a run."""
     default = 1 if isinstance(solver, solvers.Dopri5) else DEFAULT_STEPS
     if strength is None:
-        return grids.resolve(times, model.path, steps, default, model.grid)
+        return model.times(times, steps, default)
     if not 0.0 < strength <= 1.0:
         raise OptionError(f"strength is {strength}; expected a share of noise above 0, up to 1")
     start = model.path.time(2.0 * math.log((1.0 - strength) / strength)) if strength < 1.0 else 0.0
     # A list, or a grid of its own length, keeps what lies beyond the start; of other grids a finer one is taken, which
     # has as many steps there as were asked for.
     wanted = default if steps is None else steps
+    if not isinstance(wanted, int):
+        raise OptionError(f"steps is {steps} together with strength; expected one number")
     own = isinstance(times, (list, tuple, Tensor)) or (hasattr(times, "times") and hasattr(times, "count"))
     for finer in [steps] if own else range(wanted, 100 * wanted):
-        inside = [t for t in grids.resolve(times, model.path, finer, default, model.grid) if t > start]
+        inside = [t for t in model.times(times, finer, default) if t > start]
         if own or len(inside) >= wanted:
             return [start, *(inside if own else inside[-wanted:])]
     raise OptionError(f"strength is {strength}, below the levels of these times; expected a larger one, or other times")
@@ -230,7 +234,7 @@ def encode(
     data: Tensor,
     *,
     solver: str | Solver = DEFAULT_SOLVER,
-    steps: int | None = None,
+    steps: Steps | None = None,
     times: Any = None,
     cond: Mapping[str, Tensor] | None = None,
     guidance: Callable[[Model], Model] | None = None,

@@ -10,9 +10,11 @@ on any device and rank.
 
 from fluvial.grids.base import LOG_SNR_MAX, LOG_SNR_MIN, Clocked, Density, Grid
 from fluvial.grids.closed import Beta, Cosine, Exponential, Flow, Karras, LogSNR, Shifted, Uniform
-from fluvial.grids.densities import LogitNormal, LogNormal, UShaped
+from fluvial.grids.densities import ExponentialDensity, LogitNormal, LogNormal, UShaped
 from fluvial.grids.fitted import Fitted, level_of
-from fluvial.grids.resolve import density, named, names, resolve
+from fluvial.grids.names import density, named, names
+from fluvial.grids.resolve import resolve
+from fluvial.grids.segments import Segments
 from fluvial.grids.split import Split
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "Cosine",
     "Density",
     "Exponential",
+    "ExponentialDensity",
     "Fitted",
     "Flow",
     "Grid",
@@ -30,6 +33,7 @@ __all__ = [
     "LogNormal",
     "LogSNR",
     "LogitNormal",
+    "Segments",
     "Shifted",
     "Split",
     "UShaped",

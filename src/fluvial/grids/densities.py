@@ -53,6 +53,24 @@ class UShaped:
 
 
 @dataclass(frozen=True)
+class ExponentialDensity:
+    """p(t) ∝ exp(rate t): a positive rate dwells near the data, a negative one near the noise.
+
+    Source: Lee, Lin, Fanti: Improving the training of rectified flows (2024), https://arxiv.org/abs/2405.20320, whose
+    U-shaped density is the even mixture of the two rates a and -a
+    """
+
+    rate: float = -4.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.rate) and self.rate):
+            raise OptionError(f"rate is {self.rate}; expected a number other than 0, such as -4")
+
+    def quantile(self, u: Tensor, path: Clocked) -> Tensor:
+        return (torch.log1p(u * math.expm1(self.rate)) / self.rate).clamp(0.0, 1.0)
+
+
+@dataclass(frozen=True)
 class LogNormal:
     """log(sigma/alpha) ~ Normal(mean, std²), as EDM trains; levels outside the path fall on its ends.
 

@@ -52,7 +52,7 @@ class Fitted:
         else:
             start, gap = low, (high - low) / steps
         levels = [self._level(start + gap * k) for k in range(steps)]
-        return at_levels(path, [_log_snr(level) for level in levels])
+        return at_levels(path, [log_snr_of(level) for level in levels])
 
     def _level(self, position: float) -> float:
         """tau at a position counted in knots."""
@@ -83,5 +83,6 @@ def level_of(path: Clocked, t: float) -> float:
     return 1.0 / (1.0 + math.exp(-half)) if half > -700.0 else 0.0
 
 
-def _log_snr(level: float) -> float:
+def log_snr_of(level: float) -> float:
+    """The log-SNR of a level tau: the inverse of the logistic function, doubled."""
     return 2.0 * (math.log(level) - math.log1p(-level)) if 0.0 < level < 1.0 else math.copysign(math.inf, level - 0.5)

@@ -1,4 +1,4 @@
-"""From what a user gives to a grid, a density or a list of times."""
+"""From what a user gives to a list of times."""
 
 from __future__ import annotations
 
@@ -8,81 +8,53 @@ from typing import Any
 
 from torch import Tensor
 
-from fluvial.errors import OptionError, one_of
-from fluvial.grids.base import Clocked, Density, Grid
-from fluvial.grids.closed import Beta, Cosine, Exponential, Flow, Karras, LogSNR, Shifted, Uniform
-from fluvial.grids.densities import LogitNormal, LogNormal, UShaped
-
-_GRIDS: dict[str, type] = {
-    "uniform": Uniform,
-    "flow": Flow,
-    "karras": Karras,
-    "exponential": Exponential,
-    "log_snr": LogSNR,
-    "shifted": Shifted,
-    "cosine": Cosine,
-    "beta": Beta,
-}
-_DENSITIES: dict[str, type] = {
-    "uniform": Uniform,
-    "logit_normal": LogitNormal,
-    "u_shaped": UShaped,
-    "log_normal": LogNormal,
-}
-FITTED = "fitted"
-
-
-def names() -> list[str]:
-    """The names `times` takes; "fitted" is the grid that a model carries."""
-    return [*_GRIDS, FITTED]
-
-
-def named(name: str, fitted: Grid | None = None) -> Grid:
-    """A sampling grid by name; `fitted` is what "fitted" names."""
-    if name == FITTED:
-        if fitted is None:
-            raise OptionError(
-                'times is "fitted" and the model has no grid of its own; '
-                "expected model.under(grid=fl.fitting.fit_grid(model))"
-            )
-        return fitted
-    if name not in _GRIDS:
-        raise one_of("grid", name, names())
-    return _GRIDS[name]()
-
-
-def density(times: Any) -> Density:
-    """A training density by name; an object with `quantile` as it is; None is uniform."""
-    if hasattr(times, "quantile") and not isinstance(times, Tensor):
-        return times
-    if times is None:
-        return Uniform()
-    if not isinstance(times, str) or times not in _DENSITIES:
-        raise one_of("density of training times", times, _DENSITIES)
-    return _DENSITIES[times]()
+from fluvial.errors import OptionError
+from fluvial.grids.base import Clocked, Grid
+from fluvial.grids.names import named
+from fluvial.grids.segments import Segments
+from fluvial.grids.split import Split
 
 
 def resolve(
-    times: Any, path: Clocked, steps: int | None, default_steps: int, fitted: Grid | None = None
+    times: Any,
+    path: Clocked,
+    steps: int | Sequence[int] | None,
+    default_steps: int,
+    fitted: Grid | None = None,
+    segments: Segments | None = None,
 ) -> list[float]:
     """The times a sampler visits, from what the user gave: None, a grid, its name, a list or a 1-D tensor.
 
     Args:
         times: what the user gave; None is "uniform".
         path: the path whose times they are.
-        steps: how many; None is the grid's own `count`, or the list's, or else `default_steps`.
+        steps: how many, or how many in each of the model's segments; None is the grid's own `count`, or the list's, or
+            else `default_steps`.
         default_steps: the sampler's.
         fitted: the model's own grid, which the name "fitted" stands for.
+        segments: the model's segments. A grid is then laid into each of them; a list is taken as it is.
 
     Raises:
         OptionError: steps below 1, times that do not rise within [0, 1], or times and steps that disagree.
     """
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+    each = tuple(steps) if isinstance(steps, (tuple, list)) else None
+    if each is not None and segments is None:
+        raise OptionError(
+            f"steps is {steps!r}, a number for each segment, and the model has none; expected one number, or "
+            f"times=fl.grids.Split([0, …, 1], {list(each)})"
+        )
+    if each is None and steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise OptionError(f"steps is {steps!r}; expected a whole number, 1 or more")
     if times is None or isinstance(times, str):
         times = named("uniform" if times is None else times, fitted)
     if hasattr(times, "times"):
-        count = getattr(times, "count", default_steps) if steps is None else steps
+        if segments is not None and not hasattr(times, "count"):
+            if each is None:
+                each = segments.budgets(max(default_steps, len(segments.straight)) if steps is None else steps)  # type: ignore[arg-type]
+            times = Split(segments.nodes(path), each, [times] * len(each))
+        elif each is not None:
+            raise OptionError(f"steps is {steps!r} and {times} has its own; expected one of them")
+        count = getattr(times, "count", default_steps) if steps is None or each is not None else steps
         values = list(times.times(path, count))
         if any(later <= earlier for earlier, later in pairwise(values)):
             raise OptionError(f"{times} puts two of {count} steps at one time; expected fewer steps or a milder grid")

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from fluvial.errors import OptionError
 from fluvial.grids.base import Clocked, Grid, Segment
-from fluvial.grids.resolve import named
+from fluvial.grids.names import named
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Setting:
         view = self.view(model)
         if self.nfe is None:
             default = 1 if isinstance(self.solver, Dopri5) else sampling.DEFAULT_STEPS
-            nodes = grids.resolve(self.times, view.path, self.steps, default, view.grid)
+            nodes = view.times(self.times, self.steps, default)
             return replace(self, steps=len(nodes) - 1)
         # No step is without a call, and more steps never take fewer calls.
         costs = range(1, self.nfe + 1)
