@@ -13,6 +13,7 @@ so a weighting is stated once, as a function of log_snr on the squared noise err
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -64,7 +65,51 @@ def mean_square(error: Tensor) -> Tensor:
     return error.square().flatten(1).mean(1)
 
 
-_DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {"mse": mean_square, "pseudo_huber": PseudoHuber()}
+@dataclass(frozen=True)
+class LPIPS:
+    """Mean squared error + weight x LPIPS between the data estimate and the data: a distance for images in [-1, 1].
+
+    Needs the package `lpips`. Images smaller than `size` are enlarged to it, as its networks shrink what they see.
+
+    Source: Zhang, Isola, Efros, Shechtman, Wang: The unreasonable effectiveness of deep features (2018),
+    https://arxiv.org/abs/1801.03924; for reflow, Lee, Lin, Fanti (2024), https://arxiv.org/abs/2405.20320
+    """
+
+    weight: float = 1.0
+    net: str = "vgg"
+    size: int = 64
+
+    def __call__(self, error: Tensor) -> Tensor:
+        return mean_square(error)
+
+    def between(self, error: Tensor, estimate: Tensor, data: Tensor) -> Tensor:
+        """The distance (B,), given the target's error and what the estimate and the data (B, C, H, W) are."""
+        if data.ndim != 4:
+            raise ShapeError(f"LPIPS compares images, and the data are {tuple(data.shape)}; expected (B, C, H, W)")
+        scale = max(1.0, self.size / min(data.shape[-2:]))
+        pair = []
+        for x in (estimate, data):
+            x = x.float().expand(-1, 3, -1, -1) if x.shape[1] == 1 else x.float()
+            pair.append(torch.nn.functional.interpolate(x, scale_factor=scale, mode="bilinear") if scale > 1.0 else x)
+        return mean_square(error) + self.weight * _lpips(self.net, data.device)(*pair).flatten()
+
+
+@functools.cache
+def _lpips(net: str, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    try:
+        import lpips  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise OptionError(
+            'distance LPIPS needs the package "lpips"; expected it installed: pip install lpips'
+        ) from error
+    return lpips.LPIPS(net=net, verbose=False).to(device).eval().requires_grad_(False)
+
+
+_DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mse": mean_square,
+    "pseudo_huber": PseudoHuber(),
+    "lpips": LPIPS(),
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +122,7 @@ class Objective:
         weight: "uniform", or on the noise error "noise", "min_snr", "truncated_snr", "edm", "sigmoid", or a function
             of log_snr (B,) -> (B,).
         coupling: "independent", "ot", "pairs", or an object from `fl.couplings`.
-        distance: "mse", "pseudo_huber", or a function of the error (B, …) -> (B,).
+        distance: "mse", "pseudo_huber", "lpips", or a function of the error (B, …) -> (B,).
     """
 
     target: str | Prediction = "velocity"
@@ -150,10 +195,26 @@ class Objective:
         c = model.path(t)
         x = spread(c.alpha, data) * data + spread(c.sigma, data) * noise
         p, q = target.weights(c)
-        error = model(x, t, **cond).predict(target) - (spread(p, data) * data + spread(q, data) * noise)
-        distance = self.distance if callable(self.distance) else _DISTANCES[self.distance]
+        estimate = model(x, t, **cond)
+        error = estimate.predict(target) - (spread(p, data) * data + spread(q, data) * noise)
+        loss = self.measured(error, lambda: estimate.data, data)
         if self.weight == "uniform":
-            return distance(error)
+            return loss
         weight = self.weight if callable(self.weight) else _WEIGHTS[self.weight]
         on_target = weight(model.path.log_snr(t)) * (c.alpha / (c.alpha * q - c.sigma * p)).square()
-        return on_target.to(error.dtype) * distance(error)
+        return on_target.to(error.dtype) * loss
+
+    def measured(self, error: Tensor, estimate: Callable[[], Tensor], data: Tensor) -> Tensor:
+        """The distance (B,) of an error; those that look at samples are given the estimate and the data too."""
+        distance: Any = self.distance if callable(self.distance) else _DISTANCES[self.distance]
+        return distance.between(error, estimate(), data) if hasattr(distance, "between") else distance(error)
+
+    def described(self) -> dict[str, Any]:
+        """What makes the objective, each choice as its object: by name or as an object is the same."""
+        return {
+            "target": predictions.named(self.target),
+            "times": grids.density(self.times),
+            "weight": self.weight,
+            "coupling": couplings.named(self.coupling),
+            "distance": self.distance,
+        }

@@ -13,14 +13,14 @@ from torch import Tensor
 from fluvial import couplings, random
 from fluvial.model import Model, fill_null
 from fluvial.objectives import Objective
-from fluvial.training.source import Rows
+from fluvial.training.source import COUPLED, Rows
 
 
 @dataclass
 class Batch:
     """What the loss is a function of: data (B, …) in path units, conditions, times (B,), and the samples' numbers.
 
-    `noise` is None where the objective draws it.
+    `noise` is None where the objective draws it; `states` (B, J, …) are those on a pair's way, where it has some.
     """
 
     index: Tensor
@@ -28,6 +28,12 @@ class Batch:
     cond: Rows
     t: Tensor
     noise: Tensor | None
+    states: Tensor | None = None
+
+    def loss(self, objective: Objective, model: Model, seed: int) -> Tensor:
+        """The objective's loss (B,)."""
+        on_the_way = {} if self.states is None else {"states": self.states}
+        return objective(model, self.data, self.cond, self.t, self.noise, seed, self.index, **on_the_way)
 
     def drawn_noise(self, seed: int) -> Tensor:
         """The noise (B, …) that belongs to the samples."""
@@ -41,9 +47,9 @@ def prepare(rows: Rows, model: Model, objective: Objective, seed: int, drop_cond
     """A batch from what the source gave, in the data's own units."""
     rows = {name: value.to(device, non_blocking=True) for name, value in rows.items()}
     index, data = rows.pop("index"), model.normalisation.apply(rows.pop("data"))
-    noise = rows.pop("noise", None)
+    noise, states = (rows.pop(name, None) for name in COUPLED)
     cond = dropped(rows, model, index, seed, drop_cond)
-    return Batch(index, data, cond, objective.draw_times(model, index, seed), noise)
+    return Batch(index, data, cond, objective.draw_times(model, index, seed), noise, states)
 
 
 def dropped(cond: Rows, model: Model, index: Tensor, seed: int, share: float) -> Rows:

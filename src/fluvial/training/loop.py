@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,11 +172,10 @@ class Loop:
         if self.whole:
             given = batch.coupled_share(given, objective, settings.seed, *self.place)
             objective = batch.already_coupled(objective)
-        data = given.data
-        if self.precision.channels_last and data.ndim == 4:
-            data = data.to(memory_format=torch.channels_last)
+        if self.precision.channels_last and given.data.ndim == 4:
+            given = replace(given, data=given.data.to(memory_format=torch.channels_last))
         with precisions.autocast(self.device, self.precision.precision):
-            loss = objective(self.learner, data, given.cond, given.t, given.noise, settings.seed, given.index)
+            loss = given.loss(objective, self.learner, settings.seed)
         self.accelerator.backward(loss.mean())
         loss, norm = loss.detach(), self._clip()
         self.watch.add(self.step, loss, norm)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,15 +85,16 @@ def has_bfloat16() -> bool:
 def _seconds(model: Model, batch: Batch, objective: Objective, precision: str, channels_last: bool) -> float:
     """Processor time of forward and backward, the best of three: other programs make it longer, never shorter."""
     assert isinstance(model.network, nn.Module)
-    network, data = copy.deepcopy(model.network).train(), batch.data
+    network = copy.deepcopy(model.network).train()
+    batch = replace(batch, noise=batch.drawn_noise(0))
     if channels_last:
         as_channels_last(network)
-        data = data.to(memory_format=torch.channels_last)
+        batch = replace(batch, data=batch.data.to(memory_format=torch.channels_last))
     trial, times = model.with_network(network), []
     for _ in range(4):
         start = time.process_time()
-        with autocast(data.device, precision):
-            loss = objective(trial, data, batch.cond, batch.t, batch.drawn_noise(0))
+        with autocast(batch.data.device, precision):
+            loss = batch.loss(objective, trial, 0)
         loss.mean().backward()
         times.append(time.process_time() - start)
     return min(times[1:])

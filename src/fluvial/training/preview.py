@@ -9,7 +9,7 @@ import torch
 from fluvial import __version__, sampling, sheets
 from fluvial.model import Model
 from fluvial.training.checkpoints import model_hash
-from fluvial.training.source import Rows, Source
+from fluvial.training.source import COUPLED, Rows, Source
 
 SOLVER, STEPS = "heun", 10  # 19 network calls
 _POINTS, _IMAGES, _LARGE = 2000, 64, 16
@@ -30,24 +30,32 @@ def draw(model: Model, source: Source, first: Rows, seed: int, step: int, path: 
         return  # there is no sheet of films
     classes = source.num_classes if "label" in source.conditions else None
     count, columns = _size(source.shape, classes)
-    count = min([count, *(len(first[name]) for name in source.conditions if name != "label")])
-    cond = {name: first[name][:count] for name in source.conditions if name not in ("label", "noise")}
+    count = min([count, *(len(first[name]) for name in source.conditions if name not in ("label", *COUPLED))])
+    cond = {name: first[name][:count] for name in source.conditions if name not in ("label", *COUPLED)}
     if classes:
         cond["label"] = torch.arange(count) % classes
-    x = sampling.sample(model, (count, *source.shape), solver=SOLVER, steps=STEPS, seed=seed, cond=cond)
+    solver, steps = _how(model)
+    x = sampling.sample(model, (count, *source.shape), solver=solver, steps=steps, seed=seed, cond=cond)
     info = {
         "fluvial": __version__,
         "model": model_hash(model),
         "weights": "ema",
         "step": step,
-        "solver": SOLVER,
+        "solver": solver,
         "grid": "uniform",
-        "steps": STEPS,
-        "nfe": sampling.nfe(model, SOLVER, STEPS),
+        "steps": steps,
+        "nfe": sampling.nfe(model, solver, steps),
         "seed": seed,
         "label": "0, 1, 2, … in turn" if classes else None,
     }
     sheets.save(sheets.sheet(x, columns=columns, normalisation=model.normalisation), path, info)
+
+
+def _how(model: Model) -> tuple[str, int | tuple[int, ...]]:
+    """The solver and its steps: few for a model that is being straightened, whose few steps are what matters."""
+    if model.segments is not None:
+        return "euler", tuple(1 if straight else 8 for straight in model.segments.straight)
+    return (SOLVER, STEPS) if model.independent else ("euler", 2)
 
 
 def _size(shape: tuple[int, ...], classes: int | None) -> tuple[int, int | None]:

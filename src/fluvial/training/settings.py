@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fluvial import couplings, grids, predictions
 from fluvial.errors import OptionError, RunError, one_of
 from fluvial.objectives import Objective
 from fluvial.training.source import Source
@@ -86,14 +85,7 @@ def describe_training(settings: Settings, objective: Objective, source: Source) 
             "num_classes": source.num_classes,
             "conditions": list(source.conditions),
         },
-        # By name or as an object is the same.
-        "objective": {
-            "target": plain(predictions.named(objective.target)),
-            "times": plain(grids.density(objective.times)),
-            "weight": plain(objective.weight),
-            "coupling": plain(couplings.named(objective.coupling)),
-            "distance": plain(objective.distance),
-        },
+        "objective": plain(objective.described()),
         **asdict(settings),
     }
 

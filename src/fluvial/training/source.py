@@ -22,6 +22,9 @@ from fluvial.model import Normalisation
 
 Rows = dict[str, Tensor]
 
+# What a pair has beside its data: the noise it came from, and states on the way. No conditions of a network.
+COUPLED = ("noise", "states")
+
 # Enough for a range and a mean, few enough to decode while somebody waits.
 MEASURED = 2048
 

@@ -28,7 +28,7 @@ from fluvial.training import precision as precisions
 from fluvial.training.data import open_source
 from fluvial.training.runs import Run
 from fluvial.training.settings import Settings, whole
-from fluvial.training.source import Source
+from fluvial.training.source import COUPLED, Source
 
 
 def train(
@@ -129,7 +129,7 @@ def adopt(model: Model, source: Source, objective: Objective, drop_cond: float) 
             f'coupling is {objective.coupling!r}, and {source.name} has {has}; expected "pairs" with a source that '
             'gives "noise" beside its data, and with no other'
         )
-    nameless = [name for name in source.conditions if name not in (model.null or {}) and name != "noise"]
+    nameless = [name for name in source.conditions if name not in (model.null or {}) and name not in COUPLED]
     if nameless and drop_cond > 0:
         raise OptionError(
             f"drop_cond is {drop_cond}, and the model has no null condition for {nameless[0]!r}; expected "
