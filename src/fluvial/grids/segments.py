@@ -46,7 +46,9 @@ class Segments:
 
     def nodes(self, path: Clocked) -> list[float]:
         """The ends of the segments as times of this path."""
-        return [0.0, *(path.time(log_snr_of(level)) for level in self.levels[1:-1]), 1.0]
+        times = [path.time(log_snr_of(level)) for level in self.levels[1:-1]]
+        # On the rectified path they are the levels themselves, to the last digit.
+        return [0.0, *(b if abs(t - b) < 1e-12 else t for t, b in zip(times, self.levels[1:-1])), 1.0]
 
     def before(self, path: Clocked, node: float) -> float:
         """The last time before an inner node at which the segment that ends there was trained."""
