@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fluvial.errors import RunError
+from fluvial.grids import Segments
 from fluvial.model import Model
 from fluvial.training import atomic
 from fluvial.training.checkpoints import AVERAGED, CONFIG, RAW, STATE, model_hash, read_config, state_name
@@ -240,6 +241,8 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, str]:
             f"{key} {n[key]:.4g}" for key in ("low", "high", "mean", "std") if n[key] is not None
         )
     words["score"] = "yes" if convention["independent"] else "no: its noise is not independent of its data"
+    if convention.get("segments"):
+        words["segments"] = str(Segments.from_config(convention["segments"]))
     if convention["null"]:
         words["conditions"] = ", ".join(f"{name} ({value} is none)" for name, value in convention["null"].items())
     if training:
