@@ -24,10 +24,10 @@ def ring():
     )
 
 
-def learner(width=64, seed=0):
+def learner(width=64, seed=0, depth=3):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return fl.Model(networks.mlp(2, width=width, depth=3), "rectified", shape=(2,))
+        return fl.Model(networks.mlp(2, width=width, depth=depth), "rectified", shape=(2,))
 
 
 def one_step_error(model, teacher, n=2000):
@@ -86,27 +86,25 @@ def test_the_score_is_refused_after_it(once):
 
 
 @pytest.mark.parametrize("which", ["first", "second", "all"])
-def test_piecewise_one_step_crosses_what_was_straightened(once, which):
-    teacher, _, _ = once
-    nodes = [0.0, 0.5, 1.0]
-    made = {"steps": 24, "states": [0.5], "seed": 2, "cond": {}, "progress": False}
-    pairs = straighten.make_pairs(teacher, 8192, **made)
+def test_piecewise_one_step_crosses_what_was_straightened(which):
+    """Median distances to where the teacher's ODE leads: of the data's std, 1.4, the training misses a tenth."""
+    teacher, nodes = ring().model(paths.Rectified()), [0.0, 0.5, 1.0]
+    made = {"steps": 16, "states": [0.5], "seed": 2, "cond": {}, "progress": False}
+    pairs = straighten.make_pairs(teacher, 4096, **made)
     student = straighten.reflow(
-        teacher, pairs, 500, nodes, which, student=learner(), batch_size=512, lr=3e-3, **QUIET
-    )  # fmt: skip
+        teacher, pairs, 300, nodes, which, student=learner(depth=2), batch_size=256, lr=5e-3, **QUIET
+    )
     straight = student.segments.straight
     assert straight == {"first": (True, False), "second": (False, True), "all": (True, True)}[which]
-    noise = fl.random.normal(2000, (2,), seed=99)
-    truth = fl.sample(teacher, noise, solver="heun", steps=48)
+    noise = fl.random.normal(1000, (2,), seed=99)
+    truth = fl.sample(teacher, noise, solver="heun", steps=32)
     budget = tuple(1 if yes else 16 for yes in straight)
 
     def error(model, **how):
-        return float((fl.sample(model, noise, solver="euler", **how) - truth).square().sum(1).mean().sqrt())
+        return float((fl.sample(model, noise, solver="euler", **how) - truth).norm(dim=1).median())
 
-    base = error(teacher, times=fl.grids.Split(nodes, budget))
-    assert error(student, steps=budget) < 0.6 * base
-    # The other half, with many steps for both: no worse than what the training missed of the whole.
-    assert error(student, steps=(32, 32)) < 0.35
+    assert error(student, steps=budget) < error(teacher, times=fl.grids.Split(nodes, budget)) / 2.5
+    assert error(student, steps=(32, 32)) < 0.15
 
 
 @pytest.mark.parametrize(
