@@ -238,6 +238,7 @@ def encode(
     times: Any = None,
     cond: Mapping[str, Tensor] | None = None,
     guidance: Callable[[Model], Model] | None = None,
+    callback: Callback | None = None,
     progress: bool = False,
 ) -> Tensor:
     """The unit-variance noise (B, …) that `sample` turns back into these data, by the ODE run backwards.
@@ -268,6 +269,8 @@ def encode(
         end = x
         for report in run.reports(x, progress):
             end = report.x
+            if callback is not None:
+                callback(report)
         run.check(x, end)
     return end / model.path(nodes[0]).sigma
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 # Importing a module of commands adds them to the application: in the order of a first acquaintance, not the alphabet's.
 from fluvial.cli import train  # isort: skip
 from fluvial.cli import sample  # isort: skip
+from fluvial.cli import pairs  # isort: skip
+from fluvial.cli import evaluate  # isort: skip
+from fluvial.cli import diagnose  # isort: skip
 from fluvial.cli.app import app, main  # isort: skip
 
-__all__ = ["app", "main", "sample", "train"]
+__all__ = ["app", "diagnose", "evaluate", "main", "pairs", "sample", "train"]
