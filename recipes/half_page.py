@@ -43,8 +43,8 @@ def write(folder: Path, results: dict[str, Any], samples: dict[Any, Any]) -> Pat
             "One teacher; three students, with the first half of every trajectory straightened, the second, or both. "
             "Each is sampled with Euler steps in the two halves as written: (first, second). "
             f"Split at t = {float(settings['split']):g}, {int(settings['pairs']):,} pairs under guidance "
-            f"{float(settings['guidance']):g}, {settings['steps']} training steps a student, {settings['seeds']} seeds, "
-            f"{int(settings['n']):,} samples behind every figure.",
+            f"{float(settings['guidance']):g}, {settings['steps']} training steps a student, {settings['seeds']} "
+            f"seeds, {int(settings['n']):,} samples behind every figure.",
             "lead",
         ),
         page.heading("What came out"),
@@ -54,8 +54,8 @@ def write(folder: Path, results: dict[str, Any], samples: dict[Any, Any]) -> Pat
         grid(results, "to_teacher"),
         page.paragraph(
             f"Squared Fréchet distance to {int(settings['n']):,} accurate samples of the teacher (Heun, 18 steps, the "
-            f"same guidance), on {results['classifier']}; two such sets are {results['teacher_floor']:.3f} apart. Mean and "
-            "standard deviation over the seeds."
+            f"same guidance), on {results['classifier']}; two such sets are {results['teacher_floor']:.3f} apart. Mean "
+            "and standard deviation over the seeds."
         ),
         page.heading("Distance to the real data"),
         page.figure(page.svg(lines(results, "to_real", results["floor"]), "distance to the real data")),
@@ -72,7 +72,7 @@ def write(folder: Path, results: dict[str, Any], samples: dict[Any, Any]) -> Pat
         page.heading("Samples"),
         *pictures(samples),
         page.heading("What made the published experiment unsound, and what is done about it here"),
-        page.table(["confounder", "here"], CONFOUNDERS),
+        *(page.paragraph(f"<em>{was}.</em> Here: {here}.") for was, here in CONFOUNDERS),
     ]
     made = f"half_straightening.py; model {results['pairs'].get('model')}; settings {settings}"
     return page.write(folder / "report.html", "Half-straightening", parts, made)
@@ -88,7 +88,7 @@ def mean(results: dict[str, Any], arm: str, steps: Any, key: str = "to_teacher")
 
 def shown(numbers: list[float]) -> str:
     spread = f" ± {statistics.stdev(numbers):.1g}" if len(numbers) > 1 else ""
-    return f"{statistics.fmean(numbers):.3g}{spread}"
+    return f"{statistics.fmean(numbers):.2g}{spread}"
 
 
 def findings(results: dict[str, Any]) -> list[str]:
@@ -116,9 +116,10 @@ def findings(results: dict[str, Any]) -> list[str]:
     pays_most = gains.index(max(gains))
     names = ("first", "second")
     said.append(
-        f"The teacher bends most in its {names[bends_most]} half (straightness {halves[0]:.3g} and {halves[1]:.3g}), and "
-        f"straightening pays most in its {names[pays_most]} half (with one step there: {gains[0]:.3g} and {gains[1]:.3g} "
-        f"nearer): the bend {'predicts' if bends_most == pays_most else 'does not predict'} which half to straighten."
+        f"The teacher bends most in its {names[bends_most]} half (straightness {halves[0]:.3g} and {halves[1]:.3g}); "
+        f"straightening pays most in its {names[pays_most]} half (with one step there: {gains[0]:.3g} and "
+        f"{gains[1]:.3g} nearer): the bend {'predicts' if bends_most == pays_most else 'does not predict'} which half "
+        "to straighten."
     )
     return said
 

@@ -67,10 +67,10 @@ class Judge:
 
 
 def bent(model: Any, guidance: Any, split: float, seed: int) -> dict[str, Any]:
-    """Straightness and mean curvature of each half, on 256 of the model's own trajectories."""
-    cond = {"label": torch.arange(256) % model.null["label"]}
+    """Straightness and mean curvature of each half, on 200 of the model's own trajectories."""
+    cond = {"label": torch.arange(200) % model.null["label"]}
     found = measure.straightness(
-        model.under(segments=None), 256, steps=64, seed=seed, cond=cond, guidance=guidance, segments=[0, split, 1]
+        model.under(segments=None), 200, steps=32, seed=seed, cond=cond, guidance=guidance, segments=[0, split, 1]
     )
     halves: tuple[list[float], list[float]] = ([], [])
     for t, curve in zip(found.times[1:-1], found.curvature):

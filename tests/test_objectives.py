@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -320,3 +322,40 @@ def test_unknown_names_are_known_at_once(options, words):
 def test_bad_huber():
     with pytest.raises(OptionError, match="c is"):
         PseudoHuber(0.0)
+
+
+def test_lpips_is_asked_for_the_data_estimate_and_the_data(monkeypatch):
+    """A stand-in for the package: what it is given, at which size, and how its answer counts."""
+    seen = []
+
+    class StandIn(torch.nn.Module):
+        def __init__(self, net, verbose):
+            super().__init__()
+            assert (net, verbose) == ("alex", False)
+
+        def forward(self, a, b):
+            seen.append((a, b))
+            return (a - b).square().mean((1, 2, 3), keepdim=True)
+
+    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=StandIn))
+    data, noise = torch.randn(2, 3, 1, 8, 8)
+    model = fl.Model(lambda x, t: torch.zeros_like(x), "rectified")
+    t = torch.tensor([0.0, 0.5, 0.9], dtype=torch.float64)
+    objective = fl.Objective(distance=fl.objectives.LPIPS(weight=2.0, net="alex", size=16))
+    loss = objective(model, data, t=t, noise=noise)
+    ((estimate, truth),) = seen
+    assert estimate.shape == truth.shape == (3, 3, 16, 16)
+    x = (t[:, None, None, None] * data + (1 - t[:, None, None, None]) * noise).float()
+    double = torch.nn.functional.interpolate(x, scale_factor=2.0, mode="bilinear")
+    torch.testing.assert_close(estimate, double.expand(3, 3, 16, 16))  # a velocity of 0: the state is the estimate
+    error = (data - noise).square().mean((1, 2, 3))
+    torch.testing.assert_close(loss, error + 2.0 * (estimate - truth).square().mean((1, 2, 3)))
+    with pytest.raises(ShapeError, match="compares images"):
+        objective(model, torch.randn(3, 2), t=t, noise=torch.randn(3, 2))
+
+
+def test_lpips_names_the_package_that_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    objective = fl.Objective(distance=fl.objectives.LPIPS(net="squeeze"))
+    with pytest.raises(OptionError, match="pip install lpips"):
+        objective(fl.Model(lambda x, t: x, "rectified"), torch.randn(2, 3, 8, 8))

@@ -46,6 +46,7 @@ _MODULES = (
     "sampling",
     "sheets",
     "solvers",
+    "straighten",
     "testing",
     "training",
 )

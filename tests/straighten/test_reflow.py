@@ -11,7 +11,7 @@ import torch
 import fluvial as fl
 from fluvial import measure, networks, paths, straighten
 from fluvial.errors import DependenceError, OptionError, RunError
-from fluvial.straighten.reflow import chosen, student_of
+from fluvial.straighten.reflow import chosen, reread, student_of
 from problems import one_line
 
 QUIET = {"progress": False, "precision": "fp32", "sheet_every": None}
@@ -123,6 +123,23 @@ def test_the_student_starts_as_the_model_itself(path, prediction):
     with torch.no_grad():
         next(student.network.parameters()).add_(1.0)
     assert not torch.allclose(student(x, t).velocity, fl.convert(model, path="rectified")(x, t).velocity)
+
+
+def test_a_prediction_of_the_noise_starts_as_v():
+    """At the data they agree, (alpha, sigma) = (1, 0); at the noise v says what the data are and noise cannot."""
+    network = networks.mlp(2, width=16, depth=1).double()
+    for value in network.parameters():
+        torch.nn.init.normal_(value, std=0.3)
+    vp = fl.Model(network, "vp", "noise")
+    for model in (vp, fl.convert(vp, path="rectified", prediction="velocity")):
+        read = reread(model)
+        x = torch.randn(6, 2, dtype=torch.float64)
+        torch.testing.assert_close(fl.convert(read, path="vp", prediction="v").predict(x, 0.4), vp.predict(x, 0.4))
+        assert read.path == model.path
+    near = paths.VP().time(12.0)
+    torch.testing.assert_close(reread(vp)(x, near).data, vp(x, near).data, rtol=0, atol=2e-2)
+    other = fl.Model(network, "vp", "data")
+    assert reread(other) is other
 
 
 def test_rounds_write_folders_that_load_and_resume(tmp_path):

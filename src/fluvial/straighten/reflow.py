@@ -7,6 +7,7 @@ minimises the loss has straighter trajectories, the same marginals, and no great
 of a perfectly straight model is exact.
 
 The student starts as the model itself, seen on the rectified path: a VP, EDM or DDPM network need not be trained anew.
+One that predicts the noise is read as v, see `reread`.
 
 Sources: Liu, Gong, Liu: Flow straight and fast (2022), https://arxiv.org/abs/2209.03003; Lee, Lin, Fanti: Improving
 the training of rectified flows (2024), https://arxiv.org/abs/2405.20320 (time density, distances, real data).
@@ -21,10 +22,10 @@ from typing import Any
 
 from torch import nn
 
-from fluvial import inputs
+from fluvial import inputs, predictions
 from fluvial.errors import OptionError, one_of
 from fluvial.grids import Segments
-from fluvial.model import Model, convert
+from fluvial.model import Converted, Model, convert
 from fluvial.objectives import Objective
 from fluvial.straighten.piecewise import OnSegments, Piecewise
 from fluvial.training import Mixed, Run, train
@@ -60,7 +61,8 @@ def reflow(
         steps: training steps.
         segments: [0, …, 1], rectified times: straighten piece by piece. The pairs need states at the inner ones.
         straighten: for each segment whether to straighten it, or "first" (the noise side), "second", "all" (default).
-        student: a model to train in place of the copy: of another architecture, or for a teacher without weights.
+        student: a model to train in place of the copy: of another architecture, or for a teacher without weights. It
+            starts as exactly what it is.
         guidance: what the pairs were made under, for the teacher of segments that are kept. The student has it built
             in: sample it without.
         real: backward pairs, made of real data: a `share` of every batch keeps the student at what the data are.
@@ -99,7 +101,8 @@ def reflow_run(
 ) -> Run:
     """As `reflow`, and returns the whole `Run`."""
     pieces = chosen(segments, straighten)
-    student = student_of(model if student is None else student).under(segments=pieces)
+    own = reread(model) if student is None else student
+    student = student_of(own).under(segments=pieces)
     source = OnSegments(pairs, pieces)
     if real is not None:
         source = Mixed(source, OnSegments(real, pieces), share)
@@ -110,6 +113,22 @@ def reflow_run(
         teacher = inputs.guided(convert(model, path="rectified"), guidance)
         objective = Piecewise(target="velocity", times=times, distance=distance, segments=pieces, teacher=teacher)
     return train(student, source, objective, steps=steps, **{"drop_cond": 0.0, **training})
+
+
+def reread(model: Model) -> Model:
+    """The model to start from: a prediction of the noise is read as v, alpha noise - sigma data.
+
+    Near the data the two are one. In pure noise the data cannot be told from a prediction of the noise, alpha being 0:
+    seen as a velocity its errors grow by 1/t, and one step from there cannot be learned. v is well determined
+    everywhere, and learned anew within few steps where it differs: at high noise, where it changes little.
+
+    Source: Salimans, Ho: Progressive distillation (2022), https://arxiv.org/abs/2202.00512, appendix D (v).
+    """
+    source = model.source if isinstance(model, Converted) else model
+    if not isinstance(source.prediction, predictions.Noise):
+        return model
+    read = source.under(prediction=predictions.V())
+    return convert(read, model.path).under(grid=model.grid, segments=model.segments, independent=model.independent)
 
 
 def student_of(model: Model) -> Model:
