@@ -254,7 +254,9 @@ def _describe_training(run: RunFolder, training: Mapping[str, Any]) -> dict[str,
     data, step = training["data"], run.step() or 0
     size = "a stream" if data["size"] is None else f"{data['size']:,} samples"
     objective = {
-        key: value["name"] if isinstance(value, Mapping) else value for key, value in training["objective"].items()
+        key: value["name"] if isinstance(value, Mapping) else value
+        for key, value in training["objective"].items()
+        if key != "segments"  # these are the convention's too
     }
     words = {
         "data": f"{data['name']}, {size}",
