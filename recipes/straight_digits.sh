@@ -7,5 +7,5 @@
 set -e
 out=${1:-runs/straight-digits}
 fluvial train digits --out "$out/base" --steps 1500
-fluvial straighten "$out/base" --out "$out/straight" -n 20000 --steps 2500
+fluvial straighten "$out/base" --out "$out/straight" -n 20000 --steps 1500
 fluvial evaluate "$out/base" "$out/straight" --steps 1,2,4,8,64 -n 1000 --out "$out/compare"
