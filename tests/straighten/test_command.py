@@ -49,12 +49,17 @@ def test_half_a_run_in_any_notation(run, tmp_path, capsys):
     assert [entry["nfe"] for entry in entries] == [3, 4, 3, 4]
 
 
-def test_segments_may_be_chosen_and_rounds_made(run, tmp_path):
+def test_segments_may_be_chosen_and_rounds_made(run, tmp_path, capsys):
     out = tmp_path / "straight"
     assert fluvial("straighten", run, "--out", out, "--segments", "auto:3", "--rounds", 2, *SMALL) == 0
     segments = load(out).segments
     assert len(segments.straight) == 3
     assert load(tmp_path / "straight-round-1").segments.straight == (True, True, True)
+    capsys.readouterr()
+    assert fluvial("info", tmp_path / "straight-pairs-1") == 0
+    said = capsys.readouterr().out
+    assert "32 of shape 2, the noise from seed" in said
+    assert "Adams(variable=v" in said
     # The same command finds everything done.
     assert fluvial("straighten", run, "--out", out, "--segments", "auto:3", "--rounds", 2, *SMALL) == 0
 

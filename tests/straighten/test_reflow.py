@@ -171,6 +171,8 @@ def test_guided_pairs_need_their_guidance_where_segments_are_kept():
     with pytest.raises(OptionError) as error:
         straighten.reflow(model, pairs, 1, [0, 0.5, 1], "first", batch_size=8, **QUIET)
     assert "expected guidance=" in one_line(error)
+    with pytest.raises(OptionError, match="under guidance"):
+        straighten.reflow(fl.convert(guidance(model), path="vp"), pairs, 1, batch_size=8, **QUIET)
     straighten.reflow(model, pairs, 1, [0, 0.5, 1], "first", guidance=guidance, batch_size=8, **QUIET)
     straighten.reflow(model, pairs, 1, batch_size=8, **QUIET)
 

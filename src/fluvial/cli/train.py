@@ -88,10 +88,10 @@ def convert(
 
 @app.command()
 def info(
-    run: Annotated[Path | None, typer.Argument(help="A run folder.")] = None,
+    run: Annotated[Path | None, typer.Argument(help="A run, or a folder of pairs.")] = None,
     solver_facts: Annotated[bool, typer.Option("--solvers", help="The solvers, and which to take.")] = False,
 ) -> None:
-    """Say what is in a run folder (the convention in words, the network, the training), or what solvers there are."""
+    """Say what is in a run folder (the convention in words, the network, the training) or in one of pairs."""
     if run is None and not solver_facts:
         raise OptionError("nothing to say something of; expected a run folder, or --solvers")
     if run is not None:

@@ -135,8 +135,10 @@ def student_of(model: Model) -> Model:
     """A copy of the model as a velocity on the rectified path, whose noise depends on its data.
 
     Raises:
-        OptionError: for a model around a plain function, which has nothing to train.
+        OptionError: for a model around a plain function, which has nothing to train; for one under guidance.
     """
+    if hasattr(model.source if isinstance(model, Converted) else model, "guidance"):
+        raise OptionError("the model is under guidance; expected the model itself, and guidance= for how it is sampled")
     if not isinstance(model.network, nn.Module):
         raise OptionError(
             f"the network is a {type(model.network).__name__} without weights; expected an nn.Module to straighten"

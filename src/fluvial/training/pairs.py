@@ -147,18 +147,46 @@ def open_pairs(folder: str | os.PathLike[str]) -> Pairs:
     manifest = read_manifest(folder)
     if manifest is None:
         problem = "is empty" if folder.is_dir() else "does not exist"
-        raise RunError(f"{folder} {problem}; expected a folder of pairs, as fl.training.make_pairs writes it")
+        raise RunError(f"{folder} {problem}; expected a folder of pairs, as fl.straighten.make_pairs writes it")
     shards = Shards(manifest["n"], manifest["shard_size"])
     missing = [k for k in range(len(shards)) if not shards.complete(folder, k)]
     if missing:
         raise RunError(
             f"{folder} lacks {len(missing)} of its {len(shards)} shards; expected all {len(shards)}: "
-            f'fl.training.make_pairs(…, n={manifest["n"]}, out="{folder}") or fluvial pairs … -n {manifest["n"]} '
+            f'fl.straighten.make_pairs(…, n={manifest["n"]}, out="{folder}") or fluvial pairs … -n {manifest["n"]} '
             f"--out {folder}, with the settings it was begun with, makes only those"
         )
     return Pairs(
         str(folder), manifest, paths.from_config(manifest["path"]), lambda k: read_shard(shards.file(folder, k))
     )
+
+
+def describe_pairs(folder: str | os.PathLike[str]) -> dict[str, str]:
+    """A set of pairs in words, finished or not: what each thing is called, and what it is."""
+    manifest = read_manifest(Path(folder))
+    assert manifest is not None
+    shards = Shards(manifest["n"], manifest["shard_size"])
+    there = sum(shards.file(Path(folder), k).exists() for k in range(len(shards)))
+    backwards = manifest["direction"] == "backward"
+    words = {
+        "pairs": f"{manifest['n']:,} of shape {' x '.join(map(str, manifest['shape']))}, the noise {manifest['noise']}",
+        "made": f"noise from the data {manifest['data']}" if backwards else f"data from noise, seed {manifest['seed']}",
+        "by": f"model {manifest['model']} on {manifest['path']['name']}, {manifest['nfe']} NFE each",
+        "solver": _options(manifest["solver"]),
+        "guidance": "none" if manifest["guidance"] is None else _options(manifest["guidance"]),
+        "shards": f"{there} of {len(shards)}",
+    }
+    if manifest["states"]:
+        words["states"] = f"at t = {', '.join(f'{t:g}' for t in manifest['states'])}"
+    if manifest["conditions"]:
+        words["conditions"] = ", ".join(f"{name}: {value}" for name, value in manifest["conditions"].items())
+        words["dropped"] = f"{manifest['drop_cond']:g} of them"
+    return words | {"written by": f"Fluvial {manifest['fluvial']}"}
+
+
+def _options(config: Mapping[str, Any]) -> str:
+    """{"name": "Heun", "along": None} -> Heun(along=None)."""
+    return f"{config['name']}({', '.join(f'{key}={value}' for key, value in config.items() if key != 'name')})"
 
 
 @dataclass(frozen=True)

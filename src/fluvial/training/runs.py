@@ -28,6 +28,7 @@ from fluvial.grids import Segments
 from fluvial.model import Model
 from fluvial.training import atomic
 from fluvial.training.checkpoints import AVERAGED, CONFIG, RAW, STATE, model_hash, read_config, state_name
+from fluvial.training.pairs import MANIFEST, describe_pairs
 
 _OPTIMISER, _COUNTERS, _POINTER, _METRICS = "optimizer.safetensors", "counters.json", "latest.json", "metrics.jsonl"
 
@@ -218,11 +219,13 @@ def _flat(value: Any, name: str) -> dict[str, Any]:
 
 
 def describe(folder: str | os.PathLike[str]) -> dict[str, str]:
-    """A run, or a saved model, in words: what each thing is called, and what it is.
+    """A run, a saved model or a set of pairs, in words: what each thing is called, and what it is.
 
     Raises:
-        RunError: for a folder that is neither.
+        RunError: for a folder that is none of these.
     """
+    if (Path(folder) / MANIFEST).is_file():
+        return describe_pairs(folder)
     run, config = RunFolder(folder), read_config(Path(folder))
     network, training = config["network"], config.get("training")
     weights = atomic.read_tensors(run.path / RAW)[0]
