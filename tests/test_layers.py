@@ -23,7 +23,7 @@ RANKS = {
     "paths": 1, "grids": 1, "couplings": 1, "brownian": 1,
     "predictions": 2,
     "convention": 2.5,
-    "model": 3,
+    "model": 3, "flow_maps": 3.5,
     "exact": 4, "guidance": 4, "inputs": 4, "objectives": 4, "solvers": 4,
     "plans": 4.5, "running": 4.7, "adaptive": 4.8,
     "sampling": 5, "mcmc": 5, "likelihood": 5.2, "captured": 5.2, "testing": 5.5, "fitting": 5.5,

@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "Model": "model",
     "convert": "model",
+    "FlowMap": "flow_maps",
     "sample": "sampling",
     "encode": "sampling",
     "decode": "sampling",
@@ -32,6 +33,7 @@ _MODULES = (
     "errors",
     "exact",
     "fitting",
+    "flow_maps",
     "grids",
     "guidance",
     "likelihood",

@@ -45,6 +45,8 @@ class Model:
     that are missing are filled with the null condition, where there is one. Everything is in path units.
     """
 
+    jumps = False  # whether it leads from time to time in one call: see `flow_maps`
+
     def __init__(
         self,
         network: Callable[..., Tensor],
@@ -88,6 +90,10 @@ class Model:
         """The queries at many float times, for a sampler's plan: the path is evaluated once for all of them."""
         return [self._query(t, c) for t, c in zip(times, self.path.table(times))]
 
+    def query_to(self, t: float | Tensor, r: float | Tensor | None = None) -> Query:
+        """The query at t on the way to r (None: the data), for flow maps; to other models the way is no matter."""
+        return self.query(t)
+
     def _query(self, t: Any, c: Coefficients) -> Query:
         convention = self.convention
         clock, scale_input = convention.clock, convention.scale_input
@@ -114,6 +120,12 @@ class Model:
     def __getstate__(self) -> dict[str, Any]:
         """What makes the model: not the plans that `fluvial.plans` keeps with it."""
         return {name: value for name, value in self.__dict__.items() if name != "_plans"}
+
+    def seen(self, path: Path, prediction: Prediction) -> Model:
+        """The same model on this path, through this prediction: what `convert` returns."""
+        source = self.source if isinstance(self, Converted) else self
+        converted = Converted(source, path, prediction)
+        return converted.under(independent=self.independent, grid=self.grid, segments=self.segments)
 
     def under(self, **changes: Any) -> Self:
         """The same network under an altered convention, such as under(independent=False)."""
@@ -321,8 +333,6 @@ def convert(model: Model, path: Path | str | None = None, prediction: str | Pred
         path: the path to see it on (default: its own).
         prediction: what `predict` returns (default: its own).
     """
-    source = model.source if isinstance(model, Converted) else model
     to_path = model.path if path is None else paths.named(path)
     to_prediction = model.prediction if prediction is None else predictions.named(prediction)
-    converted = Converted(source, to_path, to_prediction)
-    return converted.under(independent=model.independent, grid=model.grid, segments=model.segments)
+    return model.seen(to_path, to_prediction)

@@ -106,9 +106,16 @@ class _Planner:
     def _at(self, leg: Leg, lands: bool, past: tuple[Past, ...]) -> At:
         start = leg.t if leg.start is None else leg.start
         end = _DATA if lands else self.query_at(leg.s).c
-        joint = max(leg.t, leg.s)
-        ask = partial(self._query_before, joint) if joint in self.joints else self.query_at
+        joint, ask = max(leg.t, leg.s), self.query_at
+        if joint in self.joints:
+            ask = partial(self._query_before, joint)
+        if self.model.jumps:
+            # A flow map is asked for the way to the end of the step.
+            ask = partial(self._query_to, None if lands else leg.s)
         return At(start, leg.s, self.query_at(start).c, end, lands, self.model.path, ask, past)
+
+    def _query_to(self, end: float | None, t: float) -> Query:
+        return self.model.query_to(t, end)
 
     def _query_before(self, joint: float, t: float) -> Query:
         """The query at t; at the joint, of the segment that ends there."""

@@ -102,7 +102,7 @@ def sample(
         noise: "brownian" makes the steps' noise an increment of one Brownian path, which stays the same when the
             number of steps changes; "independent" (the default) numbers it by the step. A tensor or a shape here is
             taken as `start`.
-        solver: a name or an object; default "heun".
+        solver: a name or an object; default "heun", and "jump" in one step for a flow map.
         steps: N steps use N + 1 times; default 18 (35 network calls with heun). Dopri5 makes its own steps between
             these times, and its default is 1. A model straightened piece by piece takes a number for each segment,
             (1, 9), too; of a single number each gets its share.
@@ -128,6 +128,8 @@ def sample(
         DependenceError: for a stochastic solver on a model whose noise is not independent of its data.
         NonFiniteError: when a number that is not finite comes out.
     """
+    if model.jumps and solver is None and nfe is None:
+        solver, steps = "jump", 1 if steps is None and times is None else steps
     solver, steps, times = _chosen(solver, steps, times, nfe)
     model = inputs.guided(model, guidance)
     if solver.stochastic and not model.independent:

@@ -27,7 +27,7 @@ class Guided(Model):
 
     def __init__(self, source: Model, guidance: Guidance) -> None:
         self.source, self.guidance = source, guidance
-        self.network, self.convention = source.network, source.convention
+        self.network, self.convention, self.jumps = source.network, source.convention, source.jumps
 
     def under(self, **changes: Any) -> Guided:
         source = self.source.under(**changes)
@@ -38,6 +38,9 @@ class Guided(Model):
 
     def query(self, t: float | Tensor) -> Query:
         return self.guidance.guide(self.source.query(t), t, self.null)
+
+    def query_to(self, t: float | Tensor, r: float | Tensor | None = None) -> Query:
+        return self.guidance.guide(self.source.query_to(t, r), t, self.null)
 
     def queries(self, times: Sequence[float]) -> list[Query]:
         return [self.guidance.guide(query, t, self.null) for query, t in zip(self.source.queries(times), times)]

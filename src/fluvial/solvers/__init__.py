@@ -12,6 +12,7 @@ from fluvial.solvers.correctors import AnnealedLangevin, PredictorCorrector
 from fluvial.solvers.described import Facts, facts, read_option
 from fluvial.solvers.deterministic import DDIM
 from fluvial.solvers.exponential import Adams, SingleStep
+from fluvial.solvers.jump import Jump
 from fluvial.solvers.mixing import NoiseMixing, NoiseRefresh, StochasticEuler
 from fluvial.solvers.overshoot import Churn, Overshoot, Restart
 from fluvial.solvers.runge_kutta import RK4, Euler, Heun, Midpoint, RungeKutta
@@ -19,7 +20,7 @@ from fluvial.solvers.sde_exponential import SDEAdams, Seeds
 from fluvial.solvers.stochastic import EulerMaruyama, Langevin
 
 __all__ = [
-    "DDIM", "RK4", "Adams", "AnnealedLangevin", "Churn", "Dopri5", "Euler", "EulerMaruyama", "Facts", "Heun",
+    "DDIM", "RK4", "Adams", "AnnealedLangevin", "Churn", "Dopri5", "Euler", "EulerMaruyama", "Facts", "Heun", "Jump",
     "Langevin", "Leg", "Midpoint", "NoiseMixing", "NoiseRefresh", "Overshoot", "PredictorCorrector", "Restart",
     "RungeKutta", "SDEAdams", "Seeds", "SingleStep", "Solver", "StochasticEuler", "named", "names", "read_option",
     "recommended", "table",
@@ -33,6 +34,7 @@ _NAMED: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "rk4": (RK4, {}),
     "dopri5": (Dopri5, {}),
     "ddim": (DDIM, {}),
+    "jump": (Jump, {}),
     "dpmpp_2m": (Adams, {"variable": "data", "rule": "midpoint"}),
     "dpmpp_3m": (Adams, {"variable": "data", "steps": 3, "rule": "halved"}),
     "dpmpp_2s": (SingleStep, {"variable": "data", "rule": "midpoint"}),

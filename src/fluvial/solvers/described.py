@@ -20,6 +20,7 @@ _SUMMARIES = {
     "rk4": "classical Runge-Kutta",
     "dopri5": "to a tolerance, with steps of its own",
     "ddim": "the pair remixed at the next time; natural Euler",
+    "jump": "a flow map's: one call to the next time",
     "dpmpp_2m": "DPM-Solver++(2M): the last two data estimates",
     "dpmpp_3m": "DPM-Solver++(3M): the last three data estimates",
     "dpmpp_2s": "DPM-Solver++(2S): one-step, no memory",
