@@ -67,6 +67,10 @@ def write(folder: Path, results: dict[str, Any], samples: dict[Any, Any]) -> Pat
         page.heading("Straightness and curvature of the two halves"),
         page.figure(page.svg(profile(results), "curvature along the trajectory")),
         bends(results),
+        page.paragraph(
+            "S of a half is measured against that half's own chord, S of the whole against the whole one. The peak at "
+            "the split is where a student's velocity turns from one chord to the next."
+        ),
         page.heading("The half that is kept"),
         kept(results),
         page.heading("Samples"),
@@ -136,8 +140,12 @@ def lines(results: dict[str, Any], key: str, floor: float) -> Any:
                       color=COLOURS[arm], label=f"{arm} straightened")  # fmt: skip
     axes.axhline(floor, color=plots.GREY, ls=":", label="floor")
     axes.set_xticks(range(len(steps)), [f"({a}, {b})" for a, b in steps])
+    low, high = axes.get_ylim()
     best = min(ORDER, key=lambda arm: statistics.fmean(values(results, arm, (1, 1), key)))
     axes.set(yscale="log", xlabel="Euler steps in the first and in the second half", ylabel="squared Fréchet distance")
+    ticks = [t for t in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0) if low <= t <= high]
+    axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
     axes.set_title(f"With one step in each half the nearest is: {best} straightened")
     axes.legend(fontsize=9)
     return figure
