@@ -125,6 +125,7 @@ class OnSegments(Source):
 
     def __init__(self, pairs: Any, segments: Segments | None) -> None:
         self._pairs, self._scales, self._places = pairs, [], []
+        self.waits = pairs.waits
         path, times = pairs.path, list(pairs.times or ())
         known = [level_of(path, t) for t in times]
         for level in segments.levels[1:-1] if segments is not None else ():

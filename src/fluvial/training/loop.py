@@ -155,8 +155,8 @@ class Loop:
     def _rows(self) -> Generator[Rows]:
         place = (0, 1) if self.whole else self.place
         rows = batches(self.source, self.settings.batch_size, self.settings.seed, self.step, *place)
-        # Files are read while the network computes.
-        yield from rows if isinstance(self.source, Tensors) else batch.ahead(rows)
+        idle = self.device.type != "cpu" and not isinstance(self.source, Tensors)
+        yield from batch.ahead(rows) if self.source.waits or idle else rows
 
     def _prepare(self, rows: Rows) -> Batch:
         seed, drop_cond = self.settings.seed, self.settings.drop_cond

@@ -66,9 +66,13 @@ class Maker:
                 yield k, torch.arange(begin, min(begin + size, rows.stop)) + first
 
     def _starts(self, todo: Sequence[int]) -> Generator[Rows]:
-        """What each batch starts from, drawn or read while the network computes the one before."""
+        """What each batch starts from: read while the network computes the one before, where that gains anything."""
         starts = (self.recipe.start(numbers) for _, numbers in self._cuts(todo))
-        yield from batch.ahead(chain(starts, repeat({})))
+        source = self.recipe.source
+        if self.recipe.model.device.type != "cpu" or (source is not None and source.waits):
+            yield from batch.ahead(chain(starts, repeat({})))
+        else:
+            yield from starts  # drawing takes the threads that the network is using
 
     def _make(self, todo: Sequence[int], tell: Callable[[int], None]) -> None:
         parts: list[Rows] = []

@@ -36,6 +36,8 @@ class PairSource(Source):
         times: when the states were captured; () without states.
     """
 
+    waits = False
+
     def __init__(
         self,
         name: str,

@@ -42,7 +42,11 @@ class Source(ABC):
         normalisation: the measured range, mean and std, and the map to path units that follows from them.
         measured: how many samples were measured: all of those in memory, else the first 2,048 at most.
         skipped: (file, reason) of every image that could not be read; it grows if one is found only later.
+        waits: whether a batch waits for a disk: it is then read while the network computes. One that computes would
+            only take a processor's threads from the network.
     """
+
+    waits = True
 
     def __init__(
         self,
@@ -81,6 +85,8 @@ class Tensors(Source):
         DataError: for NaN or infinite values (says which row), labels that are not 0, 1, 2, …, different
             lengths.
     """
+
+    waits = False
 
     def __init__(self, name: str, rows: Mapping[str, Any], class_names: Sequence[str] | None = None):
         self._rows = checked(rows, name)
