@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from fluvial import paths
+from fluvial import cli, paths
 from fluvial.exact import GaussianMixture
 from fluvial.paths import Coefficients, Path
 from fluvial.predictions import EDM, Data, Noise, Prediction, Score, V, Velocity
@@ -175,3 +176,10 @@ def one_line(error: BaseException) -> str:
     assert message, error
     assert "\n" not in message, message
     return message
+
+
+def command(*arguments: object) -> int:
+    """The exit code of one command of the command line."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(argument) for argument in arguments])
+    return ended.value.code  # type: ignore[return-value]

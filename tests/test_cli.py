@@ -10,22 +10,16 @@ import torch
 
 from fluvial import cli, load, sample, sheets, solvers
 from fluvial.show import compare, settings
+from problems import command
 
 LABELS = torch.arange(8) % 2  # as the command line takes them in turn
-
-
-def run(*arguments) -> int:
-    """The exit code of one command."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main([str(a) for a in arguments])
-    return ended.value.code
 
 
 @pytest.fixture(scope="module")
 def moons(tmp_path_factory):
     """A short run on the moons."""
     folder = tmp_path_factory.mktemp("cli") / "moons"
-    assert run("train", "moons", "--out", folder, "--steps", 8, "--batch-size", 64) == 0
+    assert command("train", "moons", "--out", folder, "--steps", 8, "--batch-size", 64) == 0
     return folder
 
 
@@ -42,7 +36,7 @@ def test_train_leaves_a_folder_that_explains_itself(moons):
 def test_samples_say_how_they_were_made_and_are_the_library_s(moons, tmp_path, capsys):
     sheet, numbers = tmp_path / "s.png", tmp_path / "s.npz"
     given = ["-n", 6, "--solver", "langevin", "--gamma", 0.5, "--steps", 5, "--seed", 3, "--label", 1]
-    assert run("sample", moons, *given, "--out", sheet, "--npz", numbers) == 0
+    assert command("sample", moons, *given, "--out", sheet, "--npz", numbers) == 0
     assert "6 samples, 5 NFE each" in capsys.readouterr().out
     info, saved = sheets.read_info(sheet), numpy.load(numbers)
     assert info == json.loads(str(saved["info"]))
@@ -57,7 +51,7 @@ def test_samples_say_how_they_were_made_and_are_the_library_s(moons, tmp_path, c
 
 def test_converted_run_draws_the_same(moons, tmp_path):
     out = tmp_path / "vp"
-    assert run("convert", moons, "--path", "vp", "--prediction", "noise", "--out", out) == 0
+    assert command("convert", moons, "--path", "vp", "--prediction", "noise", "--out", out) == 0
     seen, x = load(out), torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert (type(seen.path).__name__, seen.prediction.name) == ("VP", "noise")
     t = 0.4
@@ -71,7 +65,7 @@ def test_converted_run_draws_the_same(moons, tmp_path):
 
 
 def test_info_says_the_convention(moons, capsys):
-    assert run("info", moons) == 0
+    assert command("info", moons) == 0
     said = capsys.readouterr().out
     assert "predicts velocity on Rectified()" in said
     assert "label (2 is none)" in said
@@ -80,7 +74,7 @@ def test_info_says_the_convention(moons, capsys):
 def test_options_of_the_solver_are_read_as_what_they_are(moons, tmp_path):
     sheet, numbers = tmp_path / "s.png", tmp_path / "s.npz"
     given = ["-n", 4, "--solver", "dpmpp_2m", "-O", "steps=3", "--option", "correct=true", "--times", "0,0.3,0.7,1"]
-    assert run("sample", moons, *given, "--out", sheet, "--npz", numbers) == 0
+    assert command("sample", moons, *given, "--out", sheet, "--npz", numbers) == 0
     solver = solvers.named("dpmpp_2m", steps=3, correct=True)
     expected = sample(load(moons), 4, solver=solver, times=[0.0, 0.3, 0.7, 1.0], seed=0, cond={"label": LABELS[:4]})
     assert numpy.array_equal(numpy.load(numbers)["samples"], expected.numpy())
@@ -89,7 +83,7 @@ def test_options_of_the_solver_are_read_as_what_they_are(moons, tmp_path):
 
 
 def test_solvers_that_choose_their_own_steps_say_what_they_took(moons, tmp_path):
-    assert run("sample", moons, "-n", 2, "--solver", "dopri5", "-O", "rtol=1e-3", "--out", tmp_path / "s.png") == 0
+    assert command("sample", moons, "-n", 2, "--solver", "dopri5", "-O", "rtol=1e-3", "--out", tmp_path / "s.png") == 0
     info = sheets.read_info(tmp_path / "s.png")
     assert info["nfe"] > 6
     assert info["steps"] == 1
@@ -97,7 +91,7 @@ def test_solvers_that_choose_their_own_steps_say_what_they_took(moons, tmp_path)
 
 def test_brownian_noise_is_the_library_s(moons, tmp_path):
     given = ["-n", 3, "--solver", "ddpm", "--steps", 4, "--noise", "brownian"]
-    assert run("sample", moons, *given, "--out", tmp_path / "s.png", "--npz", tmp_path / "s.npz") == 0
+    assert command("sample", moons, *given, "--out", tmp_path / "s.png", "--npz", tmp_path / "s.npz") == 0
     cond = {"label": LABELS[:3]}
     expected = sample(load(moons), 3, noise="brownian", solver="ddpm", steps=4, seed=0, cond=cond)
     assert numpy.array_equal(numpy.load(tmp_path / "s.npz")["samples"], expected.numpy())
@@ -110,7 +104,7 @@ def test_brownian_noise_is_the_library_s(moons, tmp_path):
 def test_comparison_is_drawn_printed_and_written(asked, moons, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(compare, "REFERENCE_STEPS", 16)
     sheet, figures = tmp_path / "c.png", tmp_path / "c.json"
-    assert run("sample", moons, *asked, "-n", 8, "--data", "moons", "--out", sheet, "--json", figures) == 0
+    assert command("sample", moons, *asked, "-n", 8, "--data", "moons", "--out", sheet, "--json", figures) == 0
     info = json.loads(figures.read_text())
     assert sheets.read_info(sheet) == info
     assert [(c["solver"], c["steps"], c["nfe"]) for c in info["cells"]] == [
@@ -127,7 +121,7 @@ def test_comparison_is_drawn_printed_and_written(asked, moons, tmp_path, capsys,
 
 
 def test_info_says_what_solvers_there_are(capsys):
-    assert run("info", "--solvers") == 0
+    assert command("info", "--solvers") == 0
     said = capsys.readouterr().out
     assert all(name in said for name in solvers.names())
     solver, grid = solvers.recommended(16)
@@ -189,7 +183,7 @@ BAD = {
 @pytest.mark.parametrize(("arguments", "says"), BAD.values(), ids=BAD.keys())
 def test_bad_input_is_one_clear_line(arguments, says, moons, tmp_path, capsys):
     before = sorted(path.name for path in moons.iterdir())
-    assert run(*(a.format(moons=moons, tmp=tmp_path) for a in arguments)) == 2
+    assert command(*(a.format(moons=moons, tmp=tmp_path) for a in arguments)) == 2
     told = capsys.readouterr().err
     assert says in told
     assert told.startswith("error: ")
@@ -207,7 +201,7 @@ def test_truncated_weights_are_named(moons, tmp_path, capsys):
     weights = (damaged / "ema.safetensors").read_bytes()
     (damaged / "ema.safetensors").unlink()
     (damaged / "ema.safetensors").write_bytes(weights[: len(weights) // 2])
-    assert run("sample", damaged) == 2
+    assert command("sample", damaged) == 2
     told = capsys.readouterr().err
     assert "ema.safetensors" in told
     assert told.count("\n") == 1

@@ -14,7 +14,7 @@ from scipy.optimize import brentq
 from fluvial import Model, convert, exact, grids, guidance, measure, paths, sample
 from fluvial.errors import OptionError, ShapeError
 from fluvial.measure import straightness
-from fluvial.measure.straightness import even_split, shared_steps
+from fluvial.measure.straightness import even_split
 from problems import Net, gaussian, mixture, normal
 
 STD = 0.5
@@ -220,9 +220,9 @@ def test_what_does_not_fit_is_said(options, error, says):
 
 
 def test_steps_are_shared_by_length():
-    assert shared_steps([0.0, 0.5, 1.0], 64) == grids.Split((0.0, 0.5, 1.0), (32, 32))
-    assert shared_steps([0.0, 0.25, 1.0], 8).steps == (2, 6)
-    assert shared_steps([0.0, 0.001, 1.0], 3).steps == (1, 2)
+    assert grids.Split.shared([0.0, 0.5, 1.0], 64) == grids.Split((0.0, 0.5, 1.0), (32, 32))
+    assert grids.Split.shared([0.0, 0.25, 1.0], 8).steps == (2, 6)
+    assert grids.Split.shared([0.0, 0.001, 1.0], 3).steps == (1, 2)
     converted = convert(model(), path=paths.VP())
     assert straightness(converted, NOISE, steps=8).times == [k / 8 for k in range(9)]
 

@@ -9,12 +9,12 @@ import statistics
 import pytest
 import torch
 
-from fluvial import cli, exact, measure, paths, training
+from fluvial import exact, measure, paths, training
 from fluvial.errors import OptionError, ShapeError
 from fluvial.guidance import CFG
 from fluvial.show import diagnose_report
 from fluvial.show.diagnose import diagnose
-from problems import mixture
+from problems import command, mixture
 
 SMALL = {"n": 40, "steps": 9, "seeds": 2}
 
@@ -150,18 +150,12 @@ def test_report_is_one_file_with_the_figures(labelled, model, tmp_path):
     assert diagnose_report.write(tmp_path, bare, "b").read_text().count("<svg") == 3
 
 
-def run(*arguments) -> int:
-    with pytest.raises(SystemExit) as ended:
-        cli.main([str(a) for a in arguments])
-    return ended.value.code
-
-
 def test_command_finds_the_data_of_the_training(tmp_path, capsys):
     folder = tmp_path / "moons"
     moons = training.open_source("moons")
     training.train(training.model_for(moons), moons, steps=2, batch_size=32, out=folder)
     options = ["-n", 12, "--seeds", 2, "--out", tmp_path / "d"]
-    assert run("diagnose", folder, *options, "--steps", 8, "--weights", "raw", "--segments", "0,0.25,1") == 0
+    assert command("diagnose", folder, *options, "--steps", 8, "--weights", "raw", "--segments", "0,0.25,1") == 0
     record = json.loads((tmp_path / "d" / "diagnosis.json").read_text())
     made = record["made"]
     assert made["model"] == training.model_hash(folder, "raw")
@@ -177,10 +171,10 @@ def test_command_finds_the_data_of_the_training(tmp_path, capsys):
     assert "report.html" in capsys.readouterr().out
     # A model that was saved and not trained here knows no data.
     training.save(loaded, tmp_path / "saved")
-    assert run("diagnose", tmp_path / "saved", *options, "--steps", 2, "--label", 1) == 0
+    assert command("diagnose", tmp_path / "saved", *options, "--steps", 2, "--label", 1) == 0
     record = json.loads((tmp_path / "d" / "diagnosis.json").read_text())
     assert record["irreducible"] is None
     assert record["made"]["classes"] == [1]
     assert "--data names the data" in capsys.readouterr().out.replace("\n", " ")
-    assert run("diagnose", folder, *options, "--segments", "0,0.5") == 2
+    assert command("diagnose", folder, *options, "--segments", "0,0.5") == 2
     assert "from 0 to 1" in capsys.readouterr().err

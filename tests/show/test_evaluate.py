@@ -12,13 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from fluvial import Model, cli, convert, grids, measure, paths, sample, sheets, training
+from fluvial import Model, convert, grids, measure, paths, sample, sheets, training
 from fluvial.errors import DependenceError, OptionError, ShapeError
 from fluvial.exact import GaussianMixture
 from fluvial.grids import Segments
 from fluvial.show import evaluate as module
 from fluvial.show import evaluate_real, evaluate_report
 from fluvial.show.evaluate import Entry, Evaluation, Figure, evaluate
+from problems import command
 
 MIXTURE = GaussianMixture(torch.tensor([[-2.0, 0.0], [2.0, 1.0]]), torch.tensor([0.5, 0.8]), torch.ones(2))
 N = 400
@@ -234,25 +235,19 @@ def test_errors_come_before_anything_is_measured(exact, monkeypatch):
 # The command
 
 
-def run(*arguments) -> int:
-    with pytest.raises(SystemExit) as ended:
-        cli.main([str(a) for a in arguments])
-    return ended.value.code
-
-
 @pytest.fixture(scope="module")
 def moons(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate") / "moons"
-    assert run("train", "moons", "--out", folder, "--steps", 4, "--batch-size", 64) == 0
+    assert command("train", "moons", "--out", folder, "--steps", 4, "--batch-size", 64) == 0
     return folder
 
 
 def test_command_measures_prints_and_writes(moons, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluate_real, "MOST_REAL", 300)
     vp = tmp_path / "vp"
-    assert run("convert", moons, "--path", "vp", "--out", vp) == 0
+    assert command("convert", moons, "--path", "vp", "--out", vp) == 0
     given = ["--steps", "1,2+1", "-n", 60, "--seeds", 2, "--solver", "ddim", "--features", "pixels"]
-    assert run("evaluate", moons, vp, *given, "--out", tmp_path / "out") == 0
+    assert command("evaluate", moons, vp, *given, "--out", tmp_path / "out") == 0
     said = capsys.readouterr().out
     record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert [(e["run"], e["steps"], e["nfe"]) for e in record["entries"]] == [
@@ -271,7 +266,7 @@ def test_command_measures_prints_and_writes(moons, tmp_path, capsys, monkeypatch
 
 def test_command_refuses_in_one_line(moons, tmp_path, capsys):
     vp = tmp_path / "vp"
-    assert run("convert", moons, "--path", "vp", "--out", vp) == 0
+    assert command("convert", moons, "--path", "vp", "--out", vp) == 0
     bad = {
         "expected whole numbers": [moons, "--steps", "1,two"],
         "such as 1+9": [moons, "--steps", "1,3+0"],
@@ -284,7 +279,7 @@ def test_command_refuses_in_one_line(moons, tmp_path, capsys):
     }
     for message, arguments in bad.items():
         out = [] if "--out" in arguments else ["--out", tmp_path / "none"]
-        assert run("evaluate", *arguments, *out) == 2, message
+        assert command("evaluate", *arguments, *out) == 2, message
         told = capsys.readouterr().err
         assert message in told
         assert told.count("\n") == 1

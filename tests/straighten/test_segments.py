@@ -87,11 +87,13 @@ def test_natural_euler_crosses_segments_in_any_notation():
 
 
 def test_steps_are_shared_by_length():
-    segments = grids.Segments((0, 0.1, 1), (True, False))
-    assert [segments.budgets(n) for n in (2, 3, 10, 20)] == [[1, 1], [1, 2], [1, 9], [2, 18]]
-    assert grids.Segments((0, 0.5, 1), (True, True)).budgets(5) == [2, 3]
-    with pytest.raises(OptionError, match="steps is 1 and the model has 2 segments"):
-        segments.budgets(1)
+    shares = [grids.Split.shared((0, 0.1, 1), n).steps for n in (2, 3, 10, 20)]
+    assert shares == [(1, 1), (1, 2), (1, 9), (2, 18)]
+    assert grids.Split.shared((0, 0.5, 1), 5).steps == (2, 3)
+    model, _ = stepped()
+    assert model.times(steps=10) == model.under(segments=None).times(grids.Split(LEVELS, (3, 2, 5)))
+    with pytest.raises(OptionError, match="steps is 2 for 3 segments"):
+        model.times(steps=2)
 
 
 def test_a_grid_is_laid_into_each_segment():

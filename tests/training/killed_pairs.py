@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 
 import torch
+from killed_run import killed_at_operation
 from torch import nn
 
 from fluvial.model import Model, Normalisation
@@ -50,28 +51,6 @@ def attempt(folder: str, n: int = N, deadly: int = 0) -> None:
     make_pairs(teacher, n, out=folder, batch_size=BATCH, shard_size=SHARD, progress=False, **options)
 
 
-def at_operation(number: int) -> None:
-    """Has this process kill itself at its n-th operation on the disk."""
-    count = 0
-
-    def lethal(operation: Callable) -> Callable:
-        def counted(*arguments, **options):
-            nonlocal count
-            count += 1
-            if count == number and number % 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            try:
-                return operation(*arguments, **options)
-            finally:
-                if count == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        return counted
-
-    for name in ("replace", "fsync", "mkdir", "unlink"):
-        setattr(os, name, lethal(getattr(os, name)))
-
-
 def survived(work: Callable[[], None]) -> bool:
     child = os.fork()
     if child == 0:
@@ -96,7 +75,7 @@ def main(folder: str, how: str) -> None:
         for number in (1, 2, 3, 4, 6, 9):
 
             def on_disk(number: int = number) -> None:
-                at_operation(number)
+                killed_at_operation(number)
                 attempt(folder)
 
             kills += not survived(on_disk)

@@ -50,7 +50,8 @@ def resolve(
     if hasattr(times, "times"):
         if segments is not None and not hasattr(times, "count"):
             if each is None:
-                each = segments.budgets(max(default_steps, len(segments.straight)) if steps is None else steps)  # type: ignore[arg-type]
+                count = max(default_steps, len(segments.straight)) if steps is None else steps
+                each = Split.shared(segments.levels, count).steps  # type: ignore[arg-type]
             times = Split(segments.nodes(path), each, [times] * len(each))
         elif each is not None:
             raise OptionError(f"steps is {steps!r} and {times} has its own; expected one of them")

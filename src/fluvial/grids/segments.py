@@ -57,23 +57,6 @@ class Segments:
         low, high = self.levels[k - 1 : k + 1]
         return path.time(log_snr_of(high - TURN * (high - low)))
 
-    def budgets(self, steps: int) -> list[int]:
-        """Steps for each segment, in proportion to its length and 1 at least.
-
-        Raises:
-            OptionError: for fewer steps than segments.
-        """
-        count = len(self.straight)
-        if steps < count:
-            raise OptionError(f"steps is {steps} and the model has {count} segments; expected a step for each, or more")
-        budgets = [1] * count
-        lengths = [b - a for a, b in pairwise(self.levels)]
-        for _ in range(steps - count):
-            # The next step goes where it shortens the longest ones.
-            neediest = max(range(count), key=lambda k: (round(lengths[k] / budgets[k], 12), k))
-            budgets[neediest] += 1
-        return budgets
-
     def config(self) -> dict[str, Any]:
         """A JSON-able description from which `from_config` makes the same again."""
         return {"levels": list(self.levels), "straight": list(self.straight)}

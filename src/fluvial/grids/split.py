@@ -45,6 +45,26 @@ class Split:
         for name, value in (("nodes", nodes), ("steps", steps), ("grids", grids)):
             object.__setattr__(self, name, value)
 
+    @classmethod
+    def shared(cls, nodes: Sequence[float], steps: int) -> Split:
+        """Steps as nearly equal as they can be made in all segments together, one at least in each.
+
+        Raises:
+            OptionError: for nodes that do not rise within [0, 1], and fewer steps than segments.
+        """
+        counts = [1] * (len(nodes) - 1)
+        grid = cls(nodes, counts)
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < len(counts):
+            raise OptionError(
+                f"steps is {steps!r} for {len(counts)} segment{'s'[: len(counts) > 1]} between {list(grid.nodes)}; "
+                f"expected a whole number, {len(counts)} or more"
+            )
+        widths = [b - a for a, b in pairwise(grid.nodes)]
+        for _ in range(steps - len(counts)):
+            # The next step goes where the steps are longest; of equals, nearest to the data.
+            counts[max(range(len(counts)), key=lambda k: (round(widths[k] / counts[k], 12), k))] += 1
+        return cls(nodes, counts)
+
     @property
     def count(self) -> int:
         """The number of steps in all."""

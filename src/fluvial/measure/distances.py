@@ -222,12 +222,12 @@ def real_floor(
         raise ShapeError(f"real has {len(real)} samples; expected two or more disjoint pairs of one class")
     distances = []
     for repeat in range(repeats):
-        pairs = _pairs_of_one_class(classes, seed, repeat)[:size].to(real.device)
+        pairs = pairs_of_one_class(classes, seed, repeat)[:size].to(real.device)
         distances.append(distance(real[pairs[:, 0]], real[pairs[:, 1]]))
     return Floor(statistics.fmean(distances), statistics.stdev(distances), size)
 
 
-def _pairs_of_one_class(labels: Tensor, seed: int, repeat: int) -> Tensor:
+def pairs_of_one_class(labels: Tensor, seed: int, repeat: int) -> Tensor:
     """All disjoint pairs (P, 2) of indices with equal labels, drawn and ordered at random."""
     order = random.permutation(len(labels), seed, draw=2 * repeat, stream=FLOOR)
     pairs = []

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from fluvial import grids, inputs, random, sampling, solvers
 from fluvial.errors import OptionError, ShapeError
-from fluvial.measure.distances import _pairs_of_one_class, energy_distance, require_finite, sliced_wasserstein
-from fluvial.measure.straightness import shared_steps
+from fluvial.measure.distances import energy_distance, pairs_of_one_class, require_finite, sliced_wasserstein
 from fluvial.model import Model
 from fluvial.paths import Path
 from fluvial.solvers import Solver
@@ -100,7 +99,7 @@ def marginal_drift(
         raise OptionError(f"repeats is {repeats!r}; expected a whole number, 2 or more")
     solver, seed = solvers.named(solver), inputs.checked_seed(seed)
     nodes = levels(model.path) if times is None else grids.resolve(list(times), model.path, None, 1)
-    grid = shared_steps(sorted({0.0, *nodes, 1.0}), steps)
+    grid = grids.Split.shared(sorted({0.0, *nodes, 1.0}), steps)
     x = inputs.fitting(model, model.normalisation.apply(inputs.as_state(data)), "data").to(model.device)
     require_finite(x, "data")
     cond = inputs.conditions(model, cond, x)
@@ -108,7 +107,7 @@ def marginal_drift(
     found: list[tuple[list[float], ...]] = []
     n = nfe = 0
     for repeat in range(repeats):
-        pairs = _pairs_of_one_class(labels, seed, repeat).to(x.device)
+        pairs = pairs_of_one_class(labels, seed, repeat).to(x.device)
         if (n := len(pairs)) < 2:
             raise ShapeError(f"data has {len(x)} samples; expected two or more disjoint pairs of one class")
         asked = {name: value[pairs[:, 1]] for name, value in cond.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -108,7 +108,7 @@ def straightness(
     solver = solvers.named(solver)
     if solver.stochastic:
         raise OptionError(f"solver {solver.name} is stochastic; straightness is of the ODE: expected an ODE solver")
-    grid = shared_steps([0.0, 1.0] if segments is None else segments, steps)
+    grid = Split.shared([0.0, 1.0] if segments is None else segments, steps)
     if grid.nodes[0] != 0.0 or grid.nodes[-1] != 1.0:
         raise OptionError(f"segments is {list(grid.nodes)}; expected rising times from 0 to 1, such as [0, 0.5, 1]")
     seed = inputs.checked_seed(seed)
@@ -164,28 +164,6 @@ def _measured(run: Trajectory, nodes: Sequence[float]) -> _Part:
     if len(curvature) > 1:
         curvature[-1] = curvature[-2]
     return _Part((per_t, torch.stack(segments), curvature, h @ per_t), run.x[-1], run.times, run.nfe)
-
-
-def shared_steps(nodes: Sequence[float], steps: int) -> Split:
-    """A grid with these nodes, and steps as nearly equal as they can be made in all segments together.
-
-    Raises:
-        OptionError: for nodes that do not rise within [0, 1], and fewer steps than segments.
-    """
-    nodes = [float(t) for t in nodes]
-    counts = [1] * (len(nodes) - 1)
-    # Nodes that do not rise are refused here, in Split's own words.
-    grid = Split(nodes, counts)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < len(counts):
-        raise OptionError(
-            f"steps is {steps!r} for {len(counts)} segment{'s'[: len(counts) > 1]} between {nodes}; "
-            f"expected a whole number, {len(counts)} or more"
-        )
-    widths = [b - a for a, b in pairwise(nodes)]
-    for _ in range(steps - len(counts)):
-        longest = max(range(len(counts)), key=lambda k: widths[k] / counts[k])
-        counts[longest] += 1
-    return replace(grid, steps=counts, grids=None)
 
 
 def even_split(times: Sequence[float], curvature: Sequence[float], k: int = 2) -> list[float]:

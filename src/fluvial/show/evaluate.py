@@ -315,13 +315,10 @@ def _asked(model: Model, n: int, label: int | None) -> Tensor | None:
 
 def _setting(model: Model, solver: Solver, steps: Steps, grid: Any, guidance: float | None) -> Setting:
     if isinstance(steps, int) or model.segments is not None:
-        counts: Any = steps
-        setting = Setting(solver, counts, times=grid, guidance=guidance)
-    else:
-        nodes = [k / len(steps) for k in range(len(steps) + 1)]
-        split = Split(nodes, steps, [grid] * len(steps))
-        setting = Setting(solver, times=split, guidance=guidance, path=paths.Rectified())
-    return setting
+        return Setting(solver, steps, times=grid, guidance=guidance)  # type: ignore[arg-type]
+    nodes = [k / len(steps) for k in range(len(steps) + 1)]
+    split = Split(nodes, steps, [grid] * len(steps))
+    return Setting(solver, times=split, guidance=guidance, path=paths.Rectified())
 
 
 def _drawn(model: Model, setting: Setting, n: int, seed: int, asked: Tensor | None) -> Drawn:

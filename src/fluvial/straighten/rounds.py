@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fluvial import measure
 from fluvial.errors import OptionError
 from fluvial.model import Model, convert
+from fluvial.objectives import Objective
 from fluvial.straighten.online import Online
-from fluvial.straighten.reflow import chosen, reflow_run
+from fluvial.straighten.reflow import chosen, reflow_run, student_of
 from fluvial.training import Run, make_pairs
-from fluvial.training.settings import whole
+from fluvial.training.runs import RunFolder
+from fluvial.training.settings import Settings, whole
 
 
 def rounds(
@@ -62,8 +67,11 @@ def rounds(
     if online and data is not None:
         raise OptionError("online pairs do not mix with real data; expected stored ones, online=False")
     folder = Path(out)
+    _check(model, folder, steps, seed, share, training)
     if isinstance(segments, int):
-        segments = measure.straightness(model, min(n, 512), seed=seed, guidance=guidance).split(segments)
+        classes = (model.null or {}).get("label")
+        cond = {"label": torch.arange(min(n, 512)) % classes} if isinstance(classes, int) else None
+        segments = measure.straightness(model, min(n, 512), seed=seed, cond=cond, guidance=guidance).split(segments)
         say(f"segments that share the curvature evenly: {', '.join(f'{t:.3f}' for t in segments)}")
     chosen(segments, straighten)
     run = None
@@ -91,3 +99,14 @@ def rounds(
         )  # fmt: skip
     assert run is not None
     return run
+
+
+def _check(model: Model, folder: Path, steps: int, seed: int, share: float, training: Mapping[str, Any]) -> None:
+    """Refuses, before the pairs are made, what the training would refuse after it."""
+    student_of(model)
+    RunFolder(folder).config()
+    Objective(times=training.get("times"), distance=training.get("distance", "mse"))
+    if not 0.0 < share < 1.0:
+        raise OptionError(f"share is {share}; expected a number between 0 and 1, of real pairs in every batch")
+    settings = {field.name for field in fields(Settings)} & set(training)
+    Settings(steps, seed=seed, **{name: training[name] for name in settings})

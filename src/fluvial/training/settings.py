@@ -21,15 +21,15 @@ class Settings:
     """What determines the weights a run ends with. See `train` for what each means."""
 
     steps: int
-    batch_size: int
-    seed: int
-    drop_cond: float
-    lr: float
-    warmup: int
-    schedule: str
-    weight_decay: float
-    clip: float | None
-    ema_decay: float
+    batch_size: int = 128
+    seed: int = 0
+    drop_cond: float = 0.1
+    lr: float = 1e-3
+    warmup: int = 100
+    schedule: str = "constant"
+    weight_decay: float = 0.01
+    clip: float | None = 1.0
+    ema_decay: float = 0.999
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch_size", 1), ("seed", 0), ("warmup", 0)):
