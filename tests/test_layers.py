@@ -27,6 +27,7 @@ RANKS = {
     "exact": 4, "guidance": 4, "inputs": 4, "objectives": 4, "solvers": 4,
     "plans": 4.5, "running": 4.7, "adaptive": 4.8,
     "sampling": 5, "mcmc": 5, "likelihood": 5.2, "captured": 5.2, "testing": 5.5, "fitting": 5.5,
+    "embeddings": 5.9,
     "measure": 6, "networks": 6, "sheets": 6,
     "training": 7,
     "straighten": 8, "distill": 8, "systems": 8,

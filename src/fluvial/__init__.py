@@ -30,6 +30,7 @@ _NAMES = {
 _MODULES = (
     "captured",
     "couplings",
+    "distill",
     "errors",
     "exact",
     "fitting",

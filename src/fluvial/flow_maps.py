@@ -8,8 +8,9 @@ One call leads from the state at t to the state at r. Seen so, on any path and w
 - as r goes to t the pair becomes the ODE's own, D - N its velocity on the rectified path;
 - on the rectified path X = x + (r - t) u, with u = D - N the average velocity between t and r (MeanFlow, shortcut).
 
-A network that is not told r answers for r = 1 alone: that is a consistency model, X(x, t -> 1) = D. Its jumps to other
-times mix the pair of that one, or its data with fresh noise.
+A network that is not told r answers for one r alone. Where that is r = 1 it is a consistency model, X(x, t -> 1) = D;
+its jumps to other times mix the pair of that one, or its data with fresh noise. Where it is the next time of one grid,
+the network is a few-step Euler student, as progressive distillation makes them.
 
 Sources: Song, Dhariwal, Chen, Sutskever: Consistency models (2023), https://arxiv.org/abs/2303.01469; Geng, Deng, Bai,
 Kolter, He: Mean flows for one-step generative modeling (2025), https://arxiv.org/abs/2505.13447; Frans, Hafner, Levine,
@@ -20,17 +21,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fluvial.convention import Convention
 from fluvial.errors import OptionError, one_of
 from fluvial.model import Converted, Model
 from fluvial.paths import Path
 from fluvial.predictions import Estimate, Prediction, Query, combine, solve
 
-KINDS = ("consistency", "average")
+KINDS = ("consistency", "average", "euler")
 
 
 class FlowMap(Model):
@@ -39,12 +41,15 @@ class FlowMap(Model):
     Args:
         model: the network and its convention, as for any model. For "average" the network is called with the end as
             well, network(x, t, r=…, **cond), r on the same clock as t.
-        kind: "consistency", for a network that only knows the way to the data; "average", for any r.
+        kind: "consistency", for a network that only knows the way to the data; "average", for any r; "euler", for the
+            natural Euler steps of the one grid it was trained on.
 
-    It is sampled by `fl.sample`, with the solver "jump" where none is named, and converted as any model.
+    It is sampled by `fl.sample`, with the solver "jump" where none is named, and converted, saved and loaded as any
+    model. It has no score: its pair is that of an arrival, not the mean of what might be there.
     """
 
     jumps = True
+    inner: Model
 
     def __init__(self, model: Model, kind: str = "consistency") -> None:
         if kind not in KINDS:
@@ -52,7 +57,18 @@ class FlowMap(Model):
         if isinstance(model, FlowMap):
             raise OptionError("the model is a flow map already; expected the model inside it")
         self.inner, self.kind = model, kind
-        self.network, self.convention = model.network, model.convention
+
+    @property
+    def network(self) -> Callable[..., Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.network
+
+    @property
+    def convention(self) -> Convention:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.convention
+
+    @convention.setter
+    def convention(self, convention: Convention) -> None:
+        self.inner.convention = convention
 
     def __call__(self, x: Tensor, t: float | Tensor, r: float | Tensor | None = None, **cond: Any) -> Any:
         """The state at r (B, …) from state x at t; an `Estimate` of the way to the data where no r is given.
@@ -61,10 +77,9 @@ class FlowMap(Model):
             x: (B, …), in path units.
             t, r: floats or (B,), in either order.
         """
-        t = self._batch_time(x, t)
         if r is None:
-            return Estimate(self.query(t), x, cond)
-        r = self._batch_time(x, r)
+            return self.on_the_way(x, t, **cond)
+        t, r = self._batch_time(x, t), self._batch_time(x, r)
         if isinstance(t, Tensor) or isinstance(r, Tensor):
             t, r = (torch.as_tensor(v, dtype=torch.float64, device=x.device).expand(len(x)) for v in (t, r))
         query, end = self.query_to(t, r), self.path(r)
@@ -77,6 +92,11 @@ class FlowMap(Model):
         out = query.call(x, cond)
         return combine(on_x, x, on_out, out)
 
+    def on_the_way(self, x: Tensor, t: float | Tensor, r: float | Tensor | None = None, **cond: Any) -> Estimate:
+        """The pair (data, noise) of the way from x at t to r; None is the data."""
+        t = self._batch_time(x, t)
+        return Estimate(self.query_to(t, None if r is None else self._batch_time(x, r)), x, cond)
+
     def query(self, t: float | Tensor) -> Query:
         return self.query_to(t)
 
@@ -85,8 +105,8 @@ class FlowMap(Model):
 
     def query_to(self, t: float | Tensor, r: float | Tensor | None = None) -> Query:
         """The query at t for the way to r; None is the data, also where the path stops short of them."""
-        query = self.inner.query(t)
-        if self.kind == "consistency":
+        query = self.inner.query(t)._replace(independent=False)
+        if self.kind != "average":
             return query
         return query._replace(call=_To(query.call, network_time(self.inner, r)))
 
@@ -98,12 +118,6 @@ class FlowMap(Model):
 
     def seen(self, path: Path, prediction: Prediction) -> FlowMap:
         return FlowMap(self.inner.seen(path, prediction), self.kind)
-
-    def _replace(self, **attributes: Any) -> Self:
-        if set(attributes) <= {"convention"}:
-            inner = self.inner._replace(**attributes)
-            return super()._replace(inner=inner, **attributes)
-        return super()._replace(**attributes)
 
 
 def network_time(model: Model, t: float | Tensor | None) -> Any:

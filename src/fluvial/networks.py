@@ -6,10 +6,14 @@ network where a label is dropped or unknown, is the index `num_classes`: the las
 
 The two read different clocks, and do not translate (that is the model's `clock`): the U-Net wants diffusers'
 0 … 1000, as any float; the MLP wants t in [0, 1], or any other clock a few units long.
+
+Both can be told numbers beside the time: r, the time a flow map is to lead to, and `guidance`, the scale that a
+distilled network imitates. `told` adds them to a network that was trained without, which answers as before.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fluvial.embeddings import Sinusoids, Told, require_known, turns
 from fluvial.errors import OptionError, one_of
 
 
@@ -40,6 +45,7 @@ class UNet(nn.Module):
         multipliers: Sequence[int],
         layers: int,
         attention: Sequence[bool],
+        numbers: Sequence[str] = (),
     ):
         super().__init__()
         from diffusers.models.unets.unet_2d import UNet2DModel  # slow to import, and points never need it
@@ -65,18 +71,35 @@ class UNet(nn.Module):
             num_class_embeds=None if num_classes is None else num_classes + 1,
             add_attention=attention[-1],
         )
-        self.unet.time_proj = _Sinusoids(width)  # type: ignore[assignment]
+        self.unet.time_proj = Sinusoids(width)  # type: ignore[assignment]
         # The first prediction is then 0 for every input: training starts from the mean, not from noise of its
         # own.
         _zero(self.unet.conv_out)
+        self.numbers: tuple[str, ...] = ()
+        self.tell(numbers)
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W), t (B,) in 0 … 1000, label (B,) long or None (the null class) -> (B, C, H, W)."""
+    def tell(self, names: Sequence[str]) -> None:
+        """Adds inputs for these numbers, which change nothing until they are trained."""
+        if names and not self.numbers:
+            features = Sinusoids(self.width)
+            label: Any = self.unet.class_embedding
+            self.unet.class_embedding = Told(label, features, self.width, 4 * self.width, 1000.0)  # type: ignore[assignment]
+        for name in names:
+            self.unet.class_embedding.add(name)  # type: ignore[union-attr]
+        self.numbers += tuple(names)
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, **numbers: Tensor) -> Tensor:
+        """x (B, C, H, W), t (B,) in 0 … 1000, label (B,) long or None (the null class) -> (B, C, H, W).
+
+        numbers: those that it was built to be told, (B,) each: r on the clock of t, guidance.
+        """
         label = _label(label, len(x), self.num_classes, x.device)
+        require_known(numbers, self.numbers)
+        told: Any = (label, t, numbers, self.unet.dtype) if self.numbers else label
         height, length = x.shape[-2:]
         if any(self._padding):
             x = F.pad(x, (0, self._padding[1], 0, self._padding[0]), mode="replicate")
-        return self.unet(x, t, class_labels=label, return_dict=False)[0][..., :height, :length]
+        return self.unet(x, t, class_labels=told, return_dict=False)[0][..., :height, :length]
 
     def config(self) -> dict[str, Any]:
         """What `from_config` needs to build the same architecture: JSON-able."""
@@ -89,6 +112,7 @@ class UNet(nn.Module):
             "multipliers": list(self.multipliers),
             "layers": self.layers,
             "attention": list(self.attention),
+            **_numbers(self.numbers),
         }
 
 
@@ -100,29 +124,41 @@ class MLP(nn.Module):
     Args: as for `mlp`, each spelled out.
     """
 
-    def __init__(self, shape: Sequence[int], num_classes: int | None, width: int, depth: int):
+    def __init__(
+        self, shape: Sequence[int], num_classes: int | None, width: int, depth: int, numbers: Sequence[str] = ()
+    ):
         super().__init__()
         self.shape, self.channels, self.num_classes = tuple(shape), shape[0], num_classes
         self.width, self.depth = width, depth
         dim = math.prod(shape)
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
-        self.label = None if num_classes is None else nn.Embedding(num_classes + 1, width)
+        self.label: nn.Module | None = None if num_classes is None else nn.Embedding(num_classes + 1, width)
         self.enter = nn.Linear(dim, width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
         self.leave = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim))
         _zero(self.leave[1])
+        self.numbers: tuple[str, ...] = ()
+        self.tell(numbers)
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """x (B, *shape), t (B,), label (B,) long or None (the null class) -> (B, *shape)."""
+    def tell(self, names: Sequence[str]) -> None:
+        """Adds inputs for these numbers, which change nothing until they are trained."""
+        if names and not self.numbers:
+            self.label = Told(self.label, turns, 64, self.width, 1.0)
+        for name in names:
+            self.label.add(name)  # type: ignore[union-attr]
+        self.numbers += tuple(names)
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, **numbers: Tensor) -> Tensor:
+        """x (B, *shape), t (B,), label (B,) long or None (the null class) -> (B, *shape).
+
+        numbers: those that it was built to be told, (B,) each: r on the clock of t, guidance.
+        """
         label = _label(label, len(x), self.num_classes, x.device)
-        precise = torch.promote_types(t.dtype, torch.float32)
-        # From a quarter turn to 16 turns over [0, 1]: slow enough to order all times, fast enough to tell
-        # near ones.
-        turns = torch.logspace(-2, 4, 32, base=2.0, dtype=precise, device=t.device)
-        angle = 2 * math.pi * turns * t[:, None]  # (B, 32)
-        condition = self.time(torch.cat([angle.cos(), angle.sin()], dim=1).to(x.dtype))
+        require_known(numbers, self.numbers)
+        told: Any = (label, t, numbers, x.dtype) if self.numbers else label
+        condition = self.time(turns(t).to(x.dtype))
         if self.label is not None:
-            condition = condition + self.label(label)
+            condition = condition + self.label(told)
         hidden = self.enter(x.flatten(1))
         condition = F.silu(condition)
         for block in self.blocks:
@@ -137,26 +173,8 @@ class MLP(nn.Module):
             "num_classes": self.num_classes,
             "width": self.width,
             "depth": self.depth,
+            **_numbers(self.numbers),
         }
-
-
-class _Sinusoids(nn.Module):
-    """diffusers' time features, in the precision of t: theirs round a float64 t to float32, which would show
-    as differences of 1e-5 between notations whose clocks agree to 1e-16. It has no weights: saved models are
-    unchanged.
-    """
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.size = size
-
-    def forward(self, t: Tensor) -> Tensor:
-        """t (B,) -> (B, size): cosines, then sines."""
-        precise = torch.promote_types(t.dtype, torch.float32)
-        half = self.size // 2
-        step = torch.arange(half, dtype=precise, device=t.device)
-        angle = t[:, None].to(precise) * torch.exp(-math.log(10_000) / half * step)
-        return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
 class _Block(nn.Module):
@@ -169,6 +187,33 @@ class _Block(nn.Module):
 
     def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
         return hidden + self.second(F.silu(self.first(self.norm(hidden)) + self.condition(condition)))
+
+
+def _numbers(names: Sequence[str]) -> dict[str, Any]:
+    """Only where there are some, so that a network without keeps the description that it had."""
+    return {"numbers": list(names)} if names else {}
+
+
+def told(network: nn.Module, names: Sequence[str]) -> Any:
+    """A copy of one of our networks that can be told these numbers too, and answers as it did until it is trained.
+
+    Args:
+        network: a `UNet` or an `MLP`.
+        names: "r", the time that a flow map is to lead to (without: t itself); "guidance", a scale (without: 1).
+            Those that it is told already are left as they are.
+
+    Raises:
+        OptionError: for another network, or another name.
+    """
+    if not isinstance(network, UNet | MLP):
+        raise OptionError(
+            f"a {type(network).__name__} cannot be told {', '.join(names)}; expected a network of fl.networks, or one "
+            "of your own that takes them: network(x, t, r=…, **cond)"
+        )
+    network = copy.deepcopy(network)
+    parameter = next(network.parameters())
+    network.tell([name for name in names if name not in network.numbers])
+    return network.to(device=parameter.device, dtype=parameter.dtype)
 
 
 def _zero(layer: nn.Module) -> None:

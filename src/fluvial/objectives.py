@@ -17,7 +17,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -112,6 +112,21 @@ _DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class Given(NamedTuple):
+    """What a loss is a function of, coupled and checked: data, noise (B, …), t (B,), conditions, seed, numbers (B,).
+
+    `states` (B, J, …) are those on the way of pairs, where they have some.
+    """
+
+    data: Tensor
+    noise: Tensor
+    t: Tensor
+    cond: dict[str, Tensor]
+    seed: int
+    index: Tensor
+    states: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Objective:
     """A training loss: target x coupling x times x weight x distance.
@@ -146,6 +161,19 @@ class Objective:
         """Whether a model trained so has a score."""
         return couplings.named(self.coupling).independent
 
+    def at(self, step: int, own: Model, average: Model) -> Self:
+        """The objective of a training step, from 0, for those that change or look at what is trained.
+
+        Args:
+            step: of the run.
+            own, average: the model that learns, and the same with averaged weights, both as they are at that step.
+        """
+        return self
+
+    def watched(self, model: Model, data: Tensor, *batch: Any) -> dict[str, float]:
+        """What else to record of the model when a line of metrics is due; arguments as for the loss."""
+        return {}
+
     def draw_times(self, model: Model, index: Tensor, seed: int) -> Tensor:
         """The training times (B,), float64, of the samples numbered `index`."""
         u = random.uniform(index, (1,), seed, stream=random.TIME, dtype=torch.float64, device=index.device)
@@ -160,6 +188,7 @@ class Objective:
         noise: Tensor | None = None,
         seed: int | None = None,
         index: Tensor | None = None,
+        states: Tensor | None = None,
     ) -> Tensor:
         """The loss of each sample (B,), a mean over its dimensions.
 
@@ -171,6 +200,7 @@ class Objective:
             noise: (B, …); drawn when not given. Stored pairs must give it.
             seed: of what is drawn; None takes one from torch's generator.
             index: (B,) int64, the samples' numbers, of which times and noise are functions; default 0 … B-1.
+            states: (B, J, …) states on the way of stored pairs, for objectives that look at them.
         """
         coupling = couplings.named(self.coupling)
         if isinstance(coupling, Pairs) and noise is None:
@@ -187,11 +217,12 @@ class Objective:
             raise ShapeError(f"t has shape {tuple(t.shape)} for a batch of {len(data)}; expected ({len(data)},)")
         noise_index, data_index = coupling(noise, data)
         cond = {name: value[data_index] for name, value in (cond or {}).items()}
-        return self._loss(model, data[data_index], noise[noise_index], t.to(data.device), cond)
+        t = t.to(data.device, torch.float64 if data.device.type != "mps" else torch.float32)
+        return self._loss(model, Given(data[data_index], noise[noise_index], t, cond, seed, index, states))
 
-    def _loss(self, model: Model, data: Tensor, noise: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    def _loss(self, model: Model, given: Given) -> Tensor:
+        data, noise, t, cond = given[:4]
         target = predictions.named(self.target)
-        t = t.double() if t.device.type != "mps" else t
         c = model.path(t)
         x = spread(c.alpha, data) * data + spread(c.sigma, data) * noise
         p, q = target.weights(c)

@@ -113,6 +113,9 @@ class Score(Prediction):
         return 0.0, -1.0 / c.sigma
 
 
+_LAST_CLOCK = 2.5  # log(sigma/alpha)/4 where one end is a 22,000th of the other; EDM's own range is -1.55 to 1.1
+
+
 @dataclass(frozen=True)
 class EDM(Prediction):
     """EDM's preconditioned network F: data = c_skip x + c_out F(c_in x, log(sigma)/4), sigma being sigma/alpha here.
@@ -137,11 +140,12 @@ class EDM(Prediction):
         return c.sigma / (self.sigma_data * n), -c.alpha * self.sigma_data / n
 
     def clock(self, c: Coefficients) -> Any:
+        # A network cannot read an infinite time: at the ends it is told the last one that it may have seen.
         if isinstance(c.sigma, float):
             if c.sigma == 0.0 or c.alpha == 0.0:
-                return -math.inf if c.sigma == 0.0 else math.inf
-            return math.log(c.sigma / c.alpha) / 4
-        return (c.sigma / c.alpha).log() / 4
+                return -_LAST_CLOCK if c.sigma == 0.0 else _LAST_CLOCK
+            return max(-_LAST_CLOCK, min(_LAST_CLOCK, math.log(c.sigma / c.alpha) / 4))
+        return ((c.sigma / c.alpha).log() / 4).clamp(-_LAST_CLOCK, _LAST_CLOCK)
 
     def scale_input(self, c: Coefficients) -> Any:
         return 1.0 / self._norm(c)
@@ -261,7 +265,7 @@ class Estimate:
         if isinstance(prediction, Score) and not q.independent:
             raise DependenceError(
                 "score asked of a model whose noise is not independent of its data (trained on pairs, by optimal "
-                "transport or reflow): Tweedie's formula does not hold; use an ODE solver, or call "
+                "transport or reflow), or of a flow map: Tweedie's formula does not hold; use an ODE solver, or call "
                 "model.assume_independent() if you know better"
             )
         if prediction == q.prediction:

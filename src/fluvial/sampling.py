@@ -137,6 +137,10 @@ def sample(
             f"solver {solver.name} needs the score, and this model's noise is not independent of its data (trained on "
             "pairs, by optimal transport or reflow); use an ODE solver, or model.assume_independent()"
         )
+    if model.jumps and solver.stochastic and not isinstance(solver, solvers.Jump):
+        raise OptionError(
+            f"solver {solver.name} needs the score, and a flow map has none; expected fl.solvers.Jump(renoise=…)"
+        )
     start, brownian = inputs.noise_and_start(noise, start)
     nodes = _nodes(model, solver, times, steps, strength)
     if strength is not None and init is None:

@@ -77,6 +77,19 @@ def sheet(
     return _grid(tiles, columns or _columns(len(tiles), tiles[0].width, tiles[0].height), labels)
 
 
+def beside(pictures: Sequence[Image.Image], titles: Sequence[str]) -> Image.Image:
+    """Sheets side by side, each under its title."""
+    gap, above, font = 16, 28, _font(16)
+    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    canvas = Image.new("RGB", (width, above + max(picture.height for picture in pictures)), _PAPER)
+    draw, left = ImageDraw.Draw(canvas), 0
+    for picture, title in zip(pictures, titles):
+        draw.text((left + picture.width / 2, above / 2), title, fill=_INK, font=font, anchor="mm")
+        canvas.paste(picture, (left, above))
+        left += picture.width + gap
+    return canvas
+
+
 def save(image: Image.Image, path: str | os.PathLike[str], info: dict[str, Any]) -> Path:
     """Writes a PNG, whole or not at all, with `info` (JSON-able: how its samples were made) inside it."""
     path = Path(path)

@@ -196,7 +196,7 @@ def test_online_and_mixed_pairs_train_too():
         ({"segments": [0, 0.5, 1], "straighten": "third"}, "unknown"),
         ({"segments": [0, 1], "straighten": "second"}, "there are 1 segments"),
         ({"segments": [0, 0.5, 1], "straighten": [False, False]}, "no segment is to be straightened"),
-        ({"segments": [0, 0.7, 1]}, "the segments end at 0.7"),
+        ({"segments": [0, 0.7, 1]}, "asked for at 0.7"),
     ],
 )
 def test_bad_input_is_one_clear_line(given, words):

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from fluvial import grids, random
-from fluvial.errors import OptionError, ShapeError
-from fluvial.grids import Segments, level_of
+from fluvial.errors import ShapeError
+from fluvial.grids import Segments
 from fluvial.grids.segments import TURN
 from fluvial.model import Model
 from fluvial.objectives import Objective
 from fluvial.predictions import spread
-from fluvial.training import Source, model_hash
+from fluvial.training import model_hash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,39 +114,3 @@ class Piecewise(Objective):
 
     def _straight(self, device: torch.device) -> Tensor:
         return torch.tensor(self.segments.straight, device=device)
-
-
-class OnSegments(Source):
-    """A source of pairs, its states those at the inner ends of segments, on the rectified path.
-
-    Raises:
-        OptionError: for pairs that have no states there.
-    """
-
-    def __init__(self, pairs: Any, segments: Segments | None) -> None:
-        self._pairs, self._scales, self._places = pairs, [], []
-        self.waits = pairs.waits
-        path, times = pairs.path, list(pairs.times or ())
-        known = [level_of(path, t) for t in times]
-        for level in segments.levels[1:-1] if segments is not None else ():
-            place = min(range(len(known)), key=lambda j: abs(known[j] - level), default=None)
-            if place is None or abs(known[place] - level) > 1e-6:
-                raise OptionError(
-                    f"the segments end at {level:g}, and the pairs have states at {[round(k, 6) for k in known]} "
-                    "(rectified times); expected pairs made with states= there"
-                )
-            c = path(times[place])
-            self._places.append(place)
-            self._scales.append(1.0 / (c.alpha + c.sigma))
-        self.name, self.size, self.shape, self.measured = pairs.name, pairs.size, pairs.shape, pairs.measured
-        self.conditions = tuple(name for name in pairs.conditions if name != "states" or self._places)
-        self.num_classes, self.class_names = pairs.num_classes, pairs.class_names
-        self.normalisation, self.skipped = pairs.normalisation, pairs.skipped
-
-    def batch(self, indices: Tensor) -> dict[str, Tensor]:
-        rows = self._pairs.batch(indices)
-        states = rows.pop("states", None)
-        if self._places and states is not None:
-            scales = torch.tensor(self._scales, dtype=states.dtype).reshape(-1, *[1] * (states.ndim - 2))
-            rows["states"] = states[:, self._places] * scales
-        return rows

@@ -15,20 +15,19 @@ the training of rectified flows (2024), https://arxiv.org/abs/2405.20320 (time d
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
-
-from fluvial import inputs, predictions
+from fluvial import inputs
 from fluvial.errors import OptionError, one_of
 from fluvial.grids import Segments
-from fluvial.model import Converted, Model, convert
+from fluvial.model import Model, convert
 from fluvial.objectives import Objective
-from fluvial.straighten.piecewise import OnSegments, Piecewise
+from fluvial.straighten.piecewise import Piecewise
 from fluvial.training import Mixed, Run, train
+from fluvial.training.pairs_at import PairsAt
+from fluvial.training.students import reread, trainable
 
 WHICH = ("first", "second", "all")
 
@@ -103,9 +102,10 @@ def reflow_run(
     pieces = chosen(segments, straighten)
     own = reread(model) if student is None else student
     student = student_of(own).under(segments=pieces)
-    source = OnSegments(pairs, pieces)
+    inner = () if pieces is None else pieces.levels[1:-1]
+    source = PairsAt(pairs, inner)
     if real is not None:
-        source = Mixed(source, OnSegments(real, pieces), share)
+        source = Mixed(source, PairsAt(real, inner), share)
     if pieces is None:
         objective = Objective(target="velocity", times=times, coupling="pairs", distance=distance)
     else:
@@ -115,36 +115,9 @@ def reflow_run(
     return train(student, source, objective, steps=steps, **{"drop_cond": 0.0, **training})
 
 
-def reread(model: Model) -> Model:
-    """The model to start from: a prediction of the noise is read as v, alpha noise - sigma data.
-
-    Near the data the two are one. In pure noise the data cannot be told from a prediction of the noise, alpha being 0:
-    seen as a velocity its errors grow by 1/t, and one step from there cannot be learned. v is well determined
-    everywhere, and learned anew within few steps where it differs: at high noise, where it changes little.
-
-    Source: Salimans, Ho: Progressive distillation (2022), https://arxiv.org/abs/2202.00512, appendix D (v).
-    """
-    source = model.source if isinstance(model, Converted) else model
-    if not isinstance(source.prediction, predictions.Noise):
-        return model
-    read = source.under(prediction=predictions.V())
-    return convert(read, model.path).under(grid=model.grid, segments=model.segments, independent=model.independent)
-
-
 def student_of(model: Model) -> Model:
-    """A copy of the model as a velocity on the rectified path, whose noise depends on its data.
-
-    Raises:
-        OptionError: for a model around a plain function, which has nothing to train; for one under guidance.
-    """
-    if hasattr(model.source if isinstance(model, Converted) else model, "guidance"):
-        raise OptionError("the model is under guidance; expected the model itself, and guidance= for how it is sampled")
-    if not isinstance(model.network, nn.Module):
-        raise OptionError(
-            f"the network is a {type(model.network).__name__} without weights; expected an nn.Module to straighten"
-        )
-    own = model.with_network(copy.deepcopy(model.network).requires_grad_(True))
-    return convert(own, path="rectified", prediction="velocity").under(independent=False, grid=None)
+    """A copy of the model as a velocity on the rectified path, whose noise depends on its data; see `trainable`."""
+    return convert(trainable(model), path="rectified", prediction="velocity").under(independent=False, grid=None)
 
 
 def chosen(segments: Sequence[float] | None, straighten: Sequence[bool] | str | None) -> Segments | None:

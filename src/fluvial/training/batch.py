@@ -32,8 +32,11 @@ class Batch:
 
     def loss(self, objective: Objective, model: Model, seed: int) -> Tensor:
         """The objective's loss (B,)."""
-        on_the_way = {} if self.states is None else {"states": self.states}
-        return objective(model, self.data, self.cond, self.t, self.noise, seed, self.index, **on_the_way)
+        return objective(model, self.data, self.cond, self.t, self.noise, seed, self.index, self.states)
+
+    def watched(self, objective: Objective, model: Model, seed: int) -> dict[str, float]:
+        """What else the objective has to say of the model."""
+        return objective.watched(model, self.data, self.cond, self.t, self.noise, seed, self.index, self.states)
 
     def drawn_noise(self, seed: int) -> Tensor:
         """The noise (B, …) that belongs to the samples."""

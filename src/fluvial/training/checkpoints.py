@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fluvial import __version__, networks, paths, predictions
 from fluvial.convention import Convention
 from fluvial.errors import OptionError, RunError, one_of
+from fluvial.flow_maps import FlowMap
 from fluvial.model import Converted, Model, convert
 from fluvial.training import atomic
 
@@ -108,12 +109,12 @@ def model_hash(model: Model | Folder, weights: str = "ema") -> str:
         network = model.network
         tensors = weights_of(network) if isinstance(network, nn.Module) else {}
         try:
-            convention: Any = _convention(model)
+            convention: Any = {**_convention(model), **_kind(model)}
         except OptionError:
             convention = repr(model.convention)
     else:
         config = read_config(Path(model))
-        convention = {key: config[key] for key in ("convention", "view")}
+        convention = {key: config[key] for key in ("convention", "view", "flow_map") if key in config}
         tensors = _weights(Path(model), weights)[0]
     digest = hashlib.sha256(json.dumps(convention, sort_keys=True).encode())
     for name in sorted(tensors):
@@ -129,7 +130,7 @@ def config_of(model: Model) -> dict[str, Any]:
     Raises:
         OptionError: for what cannot be said in JSON.
     """
-    if type(model) not in (Model, Converted):
+    if type(model.inner if isinstance(model, FlowMap) else model) not in (Model, Converted):
         raise OptionError(f"a {type(model).__name__} model cannot be saved; expected the model that it was made from")
     if not isinstance(model.network, nn.Module):
         raise OptionError(
@@ -140,19 +141,27 @@ def config_of(model: Model) -> dict[str, Any]:
     # Only our own networks are built from their description: others' `config` may mean anything.
     ours = kind.__module__ == networks.__name__
     shape = "" if model.shape is None else f", of samples {model.shape}"
+    what = f"a flow map ({model.kind}), predicts" if isinstance(model, FlowMap) else "predicts"
     return {
         "fluvial": __version__,
-        "summary": f"predicts {model.prediction.name} on the path {model.path.config()['name']}{shape}",
+        "summary": f"{what} {model.prediction.name} on the path {model.path.config()['name']}{shape}",
         "network": {
             "class": f"{kind.__module__}.{kind.__qualname__}",
             "config": network.config() if ours else None,
         },
         **_convention(model),
+        **_kind(model),
     }
+
+
+def _kind(model: Model) -> dict[str, str]:
+    """Of a flow map; nothing of another, so that it keeps the description, and the hash, that it had."""
+    return {"flow_map": model.kind} if isinstance(model, FlowMap) else {}
 
 
 def _convention(model: Model) -> dict[str, Any]:
     """The source's convention, and the notation it is seen in where it was converted."""
+    model = model.inner if isinstance(model, FlowMap) else model
     source, view = model.convention, None
     if isinstance(model, Converted):
         view = {"path": model.path.config(), "prediction": model.prediction.config()}
@@ -194,9 +203,9 @@ def _model(config: Mapping[str, Any], network: nn.Module, folder: Path) -> Model
         convention, view = Convention.from_config(config["convention"]), config["view"]
         model = Model(network, convention.path)
         model.convention = convention
-        if view is None:
-            return model
-        return convert(model, paths.from_config(view["path"]), predictions.from_config(view["prediction"]))
+        if view is not None:
+            model = convert(model, paths.from_config(view["path"]), predictions.from_config(view["prediction"]))
+        return FlowMap(model, config["flow_map"]) if "flow_map" in config else model
     except (OptionError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise RunError(f"{folder / CONFIG}: the convention cannot be read: {reason}") from error

@@ -96,7 +96,9 @@ class Loop:
         if precision == "auto" and self.several and self.folder is None and self.device.type == "cpu":
             precision = "fp32"  # each process would time it by itself, and might choose differently
         rows = next(batches(self.source, min(self.settings.batch_size, 32), self.settings.seed))
-        return precisions.choose(self.model, self._prepare(rows), self.objective, precision, channels_last)
+        return precisions.choose(
+            self.model, self._prepare(rows, self.objective), self.objective, precision, channels_last
+        )
 
     def _restore(self, state: State) -> None:
         assert self.folder is not None
@@ -134,11 +136,11 @@ class Loop:
             ):
                 self._since = time.perf_counter()
                 while self.step < steps:
-                    self._step(next(rows))
+                    given = self._step(next(rows))
                     tell(self.step)
                     logs, last = self.step % log_every == 0, self.step == steps
                     if logs or last:
-                        self._log(tell)
+                        self._log(tell, given)
                     if sheet_every is not None and (last or self.step % sheet_every == 0):
                         self._sheet()
                     # Processes hear a signal at different steps: they agree on it where they meet anyway.
@@ -158,17 +160,21 @@ class Loop:
         idle = self.device.type != "cpu" and not isinstance(self.source, Tensors)
         yield from batch.ahead(rows) if self.source.waits or idle else rows
 
-    def _prepare(self, rows: Rows) -> Batch:
-        seed, drop_cond = self.settings.seed, self.settings.drop_cond
-        return batch.prepare(rows, self.model, self.objective, seed, drop_cond, self.device)
+    def _objective(self, step: int) -> Objective:
+        """The objective of a step, from 1."""
+        return self.objective.at(step - 1, self.model, self.ema.model(self.model))
 
-    def _step(self, rows: Rows) -> None:
+    def _prepare(self, rows: Rows, objective: Objective) -> Batch:
+        seed, drop_cond = self.settings.seed, self.settings.drop_cond
+        return batch.prepare(rows, self.model, objective, seed, drop_cond, self.device)
+
+    def _step(self, rows: Rows) -> Batch:
         self.step += 1
-        settings, objective = self.settings, self.objective
+        settings, objective = self.settings, self._objective(self.step)
         for group in self.optimiser.param_groups:
             group["lr"] = settings.rate(self.step)
         batch.seed_torch(settings.seed, self.step, self.place[0], self.device)
-        given = self._prepare(rows)
+        given = self._prepare(rows, objective)
         if self.whole:
             given = batch.coupled_share(given, objective, settings.seed, *self.place)
             objective = batch.already_coupled(objective)
@@ -185,6 +191,7 @@ class Loop:
         self.stepper.zero_grad()
         self.ema.update()
         self.meter.add(loss, self.model.path.log_snr(given.t), norm)
+        return given
 
     def _clip(self) -> torch.Tensor:
         """Clips the gradient, and returns the norm it had."""
@@ -200,7 +207,7 @@ class Loop:
         self.interval += now - self._since if training else 0.0
         self._since = now
 
-    def _log(self, tell: Bar) -> None:
+    def _log(self, tell: Bar, given: Batch) -> None:
         self._require_finite()
         sums = self.accelerator.reduce(self.meter.sums, "sum")
         assert isinstance(sums, torch.Tensor)
@@ -210,6 +217,7 @@ class Loop:
         line = {
             "step": self.step,
             **means,
+            **given.watched(self._objective(self.step), self.model, self.settings.seed),
             "lr": self.settings.rate(self.step),
             "samples_per_second": round(rate, 1),
             "seconds": round(self.seconds, 3),
@@ -279,7 +287,7 @@ class Loop:
     def _culprit(self, step: int, loss: torch.Tensor) -> NonFiniteError:
         """The error that says what was not finite, after keeping the whole batch, which is a function of the step."""
         rows = next(batches(self.source, self.settings.batch_size, self.settings.seed, step - 1))
-        given = self._prepare(rows)
+        given = self._prepare(rows, self._objective(step))
         who, kept = culprit(loss, given.index, given.t, self.model.path.log_snr(given.t)), ""
         if self.folder is not None:
             kept = f"; the last good state, of step {self.folder.step()}, is kept"

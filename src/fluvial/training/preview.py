@@ -34,8 +34,10 @@ def draw(model: Model, source: Source, first: Rows, seed: int, step: int, path: 
     cond = {name: first[name][:count] for name in source.conditions if name not in ("label", *COUPLED)}
     if classes:
         cond["label"] = torch.arange(count) % classes
-    solver, steps = _how(model)
-    x = sampling.sample(model, (count, *source.shape), solver=solver, steps=steps, seed=seed, cond=cond)
+    solver, budgets = _how(model)
+    rows, steps = [], budgets[-1]
+    for steps in budgets:
+        rows.append(sampling.sample(model, (count, *source.shape), solver=solver, steps=steps, seed=seed, cond=cond))
     info = {
         "fluvial": __version__,
         "model": model_hash(model),
@@ -43,19 +45,23 @@ def draw(model: Model, source: Source, first: Rows, seed: int, step: int, path: 
         "step": step,
         "solver": solver,
         "grid": "uniform",
-        "steps": steps,
-        "nfe": sampling.nfe(model, solver, steps),
+        "steps": steps if len(budgets) == 1 else budgets,
+        "nfe": sampling.nfe(model, solver, steps) if len(budgets) == 1 else budgets,
         "seed": seed,
         "label": "0, 1, 2, … in turn" if classes else None,
     }
-    sheets.save(sheets.sheet(x, columns=columns, normalisation=model.normalisation), path, info)
+    pictures = [sheets.sheet(x, columns=columns, normalisation=model.normalisation) for x in rows]
+    titles = [f"{steps} step{'s' if steps != 1 else ''}" for steps in budgets]
+    sheets.save(pictures[0] if len(rows) == 1 else sheets.beside(pictures, titles), path, info)
 
 
-def _how(model: Model) -> tuple[str, int | tuple[int, ...]]:
-    """The solver and its steps: few for a model that is being straightened, whose few steps are what matters."""
+def _how(model: Model) -> tuple[str, list[int | tuple[int, ...]]]:
+    """The solver and its steps: few for a model whose few steps are what matters, each number a sheet of its own."""
+    if model.jumps:
+        return "jump", [1, 2, 4]
     if model.segments is not None:
-        return "euler", tuple(1 if straight else 8 for straight in model.segments.straight)
-    return (SOLVER, STEPS) if model.independent else ("euler", 2)
+        return "euler", [tuple(1 if straight else 8 for straight in model.segments.straight)]
+    return (SOLVER, [STEPS]) if model.independent else ("euler", [2])
 
 
 def _size(shape: tuple[int, ...], classes: int | None) -> tuple[int, int | None]:

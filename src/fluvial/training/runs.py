@@ -33,6 +33,13 @@ from fluvial.training.pairs import MANIFEST, describe_pairs
 _OPTIMISER, _COUNTERS, _POINTER, _METRICS = "optimizer.safetensors", "counters.json", "latest.json", "metrics.jsonl"
 
 
+_FLOW_MAPS = {
+    "consistency": "consistency: to the data, from any time",
+    "average": "average: from any time to any other",
+    "euler": "euler: the steps of the grid it was trained on",
+}
+
+
 @dataclass
 class Run:
     """What training leaves.
@@ -248,6 +255,8 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, str]:
         words["segments"] = str(Segments.from_config(convention["segments"]))
     if convention["null"]:
         words["conditions"] = ", ".join(f"{name} ({value} is none)" for name, value in convention["null"].items())
+    if "flow_map" in config:
+        words["flow map"] = _FLOW_MAPS[config["flow_map"]]
     if training:
         words |= _describe_training(run, training)
     return words | {"written by": f"Fluvial {config.get('fluvial', 'of an unknown version')}"}

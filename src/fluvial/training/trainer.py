@@ -173,12 +173,11 @@ def model_for(
     if clock is None and isinstance(network, UNet):
         clock = Clock.noise_level()
     if prediction == "edm":
-        prediction = predictions.EDM(sigma_data=_path_std(source))
+        prediction = predictions.EDM(sigma_data=path_std(source.normalisation, source.shape))
     null = None if source.num_classes is None else {"label": source.num_classes}
     return Model(network, path, prediction, clock, null=null, normalisation=source.normalisation, shape=source.shape)
 
 
-def _path_std(source: Source) -> float:
-    """The data's standard deviation in path units: what is not an image is standardised."""
-    n = source.normalisation
-    return n.std / n.scale[0] if len(source.shape) == 3 and n.std else 1.0
+def path_std(n: Normalisation, shape: tuple[int, ...]) -> float:
+    """The data's standard deviation in path units, for samples of this shape: what is not an image is standardised."""
+    return n.std / n.scale[0] if len(shape) == 3 and n.std else 1.0

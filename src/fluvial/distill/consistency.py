@@ -1,0 +1,165 @@
+"""Consistency models: one network call from any state to the data, the same along a whole trajectory.
+
+    min E w distance(D(x_t, t), D°(x_s, s)),    s the time after t,    D(x, 1) = x
+
+D° is the same student without gradients, or its moving average. In distillation x_s is where the teacher's ODE leads
+from x_t in one step; in training, without a teacher, it is the same data with the same noise at s, which is right on
+average and in the limit of small steps.
+
+Source: Song, Dhariwal, Chen, Sutskever: Consistency models (2023), https://arxiv.org/abs/2303.01469
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluvial import grids, random
+from fluvial.distill.core import Asked, Distillation, mixed
+from fluvial.distill.teacher_steps import TeacherSteps
+from fluvial.errors import OptionError, one_of
+from fluvial.flow_maps import FlowMap
+from fluvial.model import Model
+from fluvial.objectives import Given
+from fluvial.paths import Rectified
+
+TARGETS = ("average", "own")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Consistency(Distillation):
+    """What consistency models share: the student at t against the target student at `after(t)`.
+
+    Args:
+        judge: whose answer at s is the target: "own", the student's; "average", that of its averaged weights.
+    """
+
+    target: str = "data"
+    judge: str = "own"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.judge not in TARGETS:
+            raise one_of("judge", self.judge, TARGETS)
+
+    def after(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The time s (B,) after each t (B,), float64, and the weight (B,) of the pair; None is 1."""
+        raise NotImplementedError
+
+    def moved(self, given: Given, x: Tensor, s: Tensor) -> Tensor:
+        """The state (B, …) at s that belongs to x."""
+        return mixed(given, s)
+
+    def ask(self, own: FlowMap, given: Given) -> Asked:
+        x = mixed(given)
+        s, weight = self.after(given.t)
+        judge = (self.average or own) if self.judge == "average" else own
+        return Asked(x, given.t, None, judge.on_the_way(self.moved(given, x, s), s, **given.cond).data, weight)
+
+    def described(self) -> dict[str, Any]:
+        return {**super().described(), "judge": self.judge}
+
+
+@lru_cache(64)
+def _levels(grid: Any, steps: int) -> Tensor:
+    return torch.tensor(grids.resolve(grid, Rectified(), steps, steps), dtype=torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnLevels(Consistency):
+    """Consistency between neighbours of a grid of `count()` steps, each as often as the others.
+
+    Args:
+        grid: an object from `fl.grids`, or its name.
+    """
+
+    grid: Any = "karras"
+
+    def count(self) -> int:
+        """How many steps the grid has now."""
+        raise NotImplementedError
+
+    @property
+    def levels(self) -> Tensor:
+        """The times of the grid, float64."""
+        return _levels(self.grid, self.count())
+
+    def draw_times(self, model: Model, index: Tensor, seed: int) -> Tensor:
+        u = random.uniform(index, (1,), seed, 0, random.TIME, torch.float64, index.device)[:, 0]
+        return self.levels.to(index.device)[(u * self.count()).long()]
+
+    def place(self, t: Tensor) -> Tensor:
+        """Which step (B,) of the grid each time lies in."""
+        return torch.bucketize(t.contiguous(), self.levels.to(t.device)[1:-1], right=True)
+
+    def after(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.levels.to(t.device)[self.place(t) + 1], None
+
+    def described(self) -> dict[str, Any]:
+        grid = grids.named(self.grid) if isinstance(self.grid, str) else self.grid
+        return {**super().described(), "grid": grid}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencyDistillation(OnLevels):
+    """The student along the teacher's trajectories, between the levels of one grid (algorithm 2 of the source).
+
+    Args:
+        teacher: whose ODE it is; needed.
+        steps: how many steps the grid has.
+        solver: that makes the teacher's step.
+    """
+
+    judge: str = "average"
+    steps: int = 18
+    solver: Any = "heun"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher is None:
+            raise OptionError("there is no teacher; expected the model to distill")
+        _ = self.follow
+
+    def count(self) -> int:
+        return self.steps
+
+    @cached_property
+    def follow(self) -> TeacherSteps:
+        """The teacher's steps along the grid."""
+        assert self.teacher is not None
+        return TeacherSteps(self.teacher, self.solver, self.levels.tolist())
+
+    def moved(self, given: Given, x: Tensor, s: Tensor) -> Tensor:
+        return self.follow(x, self.place(given.t), given.cond)
+
+    def described(self) -> dict[str, Any]:
+        return {**super().described(), "grid_steps": self.steps, "solver": self.solver}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencyTraining(OnLevels):
+    """The student along straight lines between data and noise, on a grid that becomes finer (algorithm 3).
+
+        steps(k) = ⌈√(k/K ((s1 + 1)² - s0²) + s0²) - 1⌉,    k = 0 … K
+
+    Args:
+        first, last: s0 and s1, the steps of the grid at the beginning and at the end.
+        over: K, the training steps after which it is finest.
+    """
+
+    judge: str = "average"
+    first: int = 2
+    last: int = 150
+    over: int = 5000
+
+    def count(self) -> int:
+        share = min(self.step / self.over, 1.0)
+        return max(self.first, math.ceil(math.sqrt(share * ((self.last + 1) ** 2 - self.first**2) + self.first**2) - 1))
+
+    def described(self) -> dict[str, Any]:
+        return {**super().described(), "levels": [self.first, self.last], "over": self.over}
