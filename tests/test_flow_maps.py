@@ -153,3 +153,26 @@ def test_bad_input_is_one_clear_line(make, words):
     with pytest.raises(OptionError) as error:
         make()
     assert words in one_line(error)
+
+
+def test_its_own_way_of_several_steps():
+    """Named or not, "jump" is one step unless told otherwise, renoised for a consistency model that may be."""
+    noise = torch.randn(5, 2, dtype=torch.float64)
+    consistency, average = exact("consistency"), exact("average")
+    assert fl.sample(consistency, noise, solver="jump", seed=1, record=True).nfe == 1
+    for flow_map, renoise in ((consistency, 1.0), (average, 0.0), (consistency.under(independent=False), 0.0)):
+        own = fl.sample(flow_map, noise, solver="jump", steps=3, seed=1)
+        said = fl.sample(flow_map, noise, solver=fl.solvers.Jump(renoise=renoise), steps=3, seed=1)
+        assert torch.equal(own, said)
+
+
+def test_it_has_no_score():
+    flow_map, x = exact("consistency"), torch.randn(4, 2, dtype=torch.float64)
+    with pytest.raises(DependenceError):
+        _ = flow_map(x, 0.4).score
+    with pytest.raises(OptionError) as error:
+        fl.sample(flow_map, x, solver="ddpm", steps=3)
+    assert "a flow map has none" in one_line(error)
+    with pytest.raises(OptionError) as error:
+        fl.straighten.make_pairs(flow_map, 4, steps=2)
+    assert "no ODE to follow" in one_line(error)

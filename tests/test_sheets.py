@@ -59,6 +59,24 @@ def test_titles_stand_beside_their_rows():
         sheets.sheet(images, columns=3, labels=["one"])
 
 
+@pytest.mark.parametrize("side", [40, 700])
+def test_sheets_beside_each_other_are_those_sheets_under_titles_that_grow_with_them(side):
+    pictures = [Image.new("RGB", (side, side), shade) for shade in ("black", "red", "blue")]
+    drawn = pixels(sheets.beside(pictures, ["1 step", "2 steps", "4 steps"]))
+    above = drawn.shape[1] - side
+    assert drawn.shape[2] == 3 * side + 2 * 16
+    for k, picture in enumerate(pictures):
+        left = k * (side + 16)
+        assert torch.equal(drawn[:, above:, left : left + side], pixels(picture))
+    # A title stands over the middle of its sheet, and is a fiftieth of the width in height, or 16 pixels at least.
+    inked = (drawn[:, :above] < 128).all(0)
+    rows, columns = inked.nonzero().unbind(1)
+    middle = columns[(columns > side + 16) & (columns < 2 * side + 16)].double()
+    assert abs(float(middle.min() + middle.max()) / 2 - (side + 16 + side / 2)) < 0.02 * side + 2
+    height = int(rows.max() - rows.min())
+    assert max(16, drawn.shape[2] / 56) * 0.5 < height < max(16, drawn.shape[2] / 56) * 1.3
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 10, 64, 100])
 def test_default_grid_is_no_strip(count):
     image = sheets.sheet(torch.zeros(count, 1, 8, 8))

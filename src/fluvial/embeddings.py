@@ -22,28 +22,37 @@ class Sinusoids(nn.Module):
     """diffusers' time features, in the precision of t: theirs round a float64 t to float32, which would show
     as differences of 1e-5 between notations whose clocks agree to 1e-16. It has no weights: saved models are
     unchanged.
+
+    With a blur they are those of a time that is uncertain, t + blur * Normal(0, 1), on average: waves shorter than that
+    vanish. A network that has learned from samples of t wiggles between them, which its values hardly show, and its
+    derivative does.
     """
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, blur: float = 0.0):
         super().__init__()
-        self.size = size
+        self.size, self.blur = size, blur
 
     def forward(self, t: Tensor) -> Tensor:
         """t (B,) -> (B, size): cosines, then sines."""
         precise = torch.promote_types(t.dtype, torch.float32)
         half = self.size // 2
         step = torch.arange(half, dtype=precise, device=t.device)
-        angle = t[:, None].to(precise) * torch.exp(-math.log(10_000) / half * step)
-        return torch.cat([angle.cos(), angle.sin()], dim=1)
+        return _waves(t.to(precise), torch.exp(-math.log(10_000) / half * step), self.blur)
 
 
-def turns(t: Tensor) -> Tensor:
-    """Features of a time in [0, 1]: t (B,) -> (B, 64), cosines, then sines."""
+def turns(t: Tensor, blur: float = 0.0) -> Tensor:
+    """Features of a time in [0, 1]: t (B,) -> (B, 64), cosines, then sines; blurred as those of `Sinusoids`."""
     precise = torch.promote_types(t.dtype, torch.float32)
     # From a quarter turn to 16 turns over [0, 1]: slow enough to order all times, fast enough to tell near ones.
     speeds = torch.logspace(-2, 4, 32, base=2.0, dtype=precise, device=t.device)
-    angle = 2 * math.pi * speeds * t[:, None]  # (B, 32)
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
+    return _waves(t, 2 * math.pi * speeds, blur)
+
+
+def _waves(t: Tensor, speeds: Tensor, blur: float) -> Tensor:
+    """cos and sin (B, 2 n) of t (B,) times each speed (n,), averaged over t + blur * Normal(0, 1)."""
+    angle = t[:, None] * speeds
+    waves = torch.cat([angle.cos(), angle.sin()], dim=1)
+    return waves * torch.exp(-0.5 * (blur * speeds).square()).repeat(2) if blur else waves
 
 
 class Told(nn.Module):
@@ -63,8 +72,12 @@ class Told(nn.Module):
     ):
         super().__init__()
         self.label, self.size, self.width, self.clock = label, size, width, clock
-        self._features = (features,)  # in a tuple, so that it is no part of the weights
         self.numbers = nn.ModuleDict()
+        self.read_by(features)
+
+    def read_by(self, features: Callable[[Tensor], Tensor]) -> None:
+        """Reads the numbers by these features of a time."""
+        self._features = (features,)  # in a tuple, so that it is no part of the weights
 
     def add(self, name: str) -> None:
         """One more number, as yet without effect."""

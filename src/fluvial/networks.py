@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class UNet(nn.Module):
         layers: int,
         attention: Sequence[bool],
         numbers: Sequence[str] = (),
+        blur: float = 0.0,
     ):
         super().__init__()
         from diffusers.models.unets.unet_2d import UNet2DModel  # slow to import, and points never need it
@@ -71,22 +73,29 @@ class UNet(nn.Module):
             num_class_embeds=None if num_classes is None else num_classes + 1,
             add_attention=attention[-1],
         )
-        self.unet.time_proj = Sinusoids(width)  # type: ignore[assignment]
+        self.numbers: tuple[str, ...] = ()
+        self.tell(numbers)
+        self.blur_times(blur)
         # The first prediction is then 0 for every input: training starts from the mean, not from noise of its
         # own.
         _zero(self.unet.conv_out)
-        self.numbers: tuple[str, ...] = ()
-        self.tell(numbers)
 
     def tell(self, names: Sequence[str]) -> None:
         """Adds inputs for these numbers, which change nothing until they are trained."""
         if names and not self.numbers:
-            features = Sinusoids(self.width)
             label: Any = self.unet.class_embedding
-            self.unet.class_embedding = Told(label, features, self.width, 4 * self.width, 1000.0)  # type: ignore[assignment]
+            told = Told(label, self.unet.time_proj, self.width, 4 * self.width, 1000.0)
+            self.unet.class_embedding = told  # type: ignore[assignment]
         for name in names:
             self.unet.class_embedding.add(name)  # type: ignore[union-attr]
         self.numbers += tuple(names)
+
+    def blur_times(self, blur: float) -> None:
+        """Blurs the features of all times by this share of the clock; see `embeddings.Sinusoids`."""
+        self.blur = blur
+        self.unet.time_proj = Sinusoids(self.width, 1000.0 * blur)  # type: ignore[assignment]
+        if self.numbers:
+            self.unet.class_embedding.read_by(self.unet.time_proj)  # type: ignore[union-attr]
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, **numbers: Tensor) -> Tensor:
         """x (B, C, H, W), t (B,) in 0 … 1000, label (B,) long or None (the null class) -> (B, C, H, W).
@@ -112,7 +121,7 @@ class UNet(nn.Module):
             "multipliers": list(self.multipliers),
             "layers": self.layers,
             "attention": list(self.attention),
-            **_numbers(self.numbers),
+            **_added(self.numbers, self.blur),
         }
 
 
@@ -125,7 +134,13 @@ class MLP(nn.Module):
     """
 
     def __init__(
-        self, shape: Sequence[int], num_classes: int | None, width: int, depth: int, numbers: Sequence[str] = ()
+        self,
+        shape: Sequence[int],
+        num_classes: int | None,
+        width: int,
+        depth: int,
+        numbers: Sequence[str] = (),
+        blur: float = 0.0,
     ):
         super().__init__()
         self.shape, self.channels, self.num_classes = tuple(shape), shape[0], num_classes
@@ -139,6 +154,7 @@ class MLP(nn.Module):
         _zero(self.leave[1])
         self.numbers: tuple[str, ...] = ()
         self.tell(numbers)
+        self.blur_times(blur)
 
     def tell(self, names: Sequence[str]) -> None:
         """Adds inputs for these numbers, which change nothing until they are trained."""
@@ -148,6 +164,12 @@ class MLP(nn.Module):
             self.label.add(name)  # type: ignore[union-attr]
         self.numbers += tuple(names)
 
+    def blur_times(self, blur: float) -> None:
+        """Blurs the features of all times by this share of the clock; see `embeddings.Sinusoids`."""
+        self.blur = blur
+        if self.numbers:
+            self.label.read_by(partial(turns, blur=blur))  # type: ignore[union-attr]
+
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, **numbers: Tensor) -> Tensor:
         """x (B, *shape), t (B,), label (B,) long or None (the null class) -> (B, *shape).
 
@@ -156,7 +178,7 @@ class MLP(nn.Module):
         label = _label(label, len(x), self.num_classes, x.device)
         require_known(numbers, self.numbers)
         told: Any = (label, t, numbers, x.dtype) if self.numbers else label
-        condition = self.time(turns(t).to(x.dtype))
+        condition = self.time(turns(t, self.blur).to(x.dtype))
         if self.label is not None:
             condition = condition + self.label(told)
         hidden = self.enter(x.flatten(1))
@@ -173,7 +195,7 @@ class MLP(nn.Module):
             "num_classes": self.num_classes,
             "width": self.width,
             "depth": self.depth,
-            **_numbers(self.numbers),
+            **_added(self.numbers, self.blur),
         }
 
 
@@ -189,18 +211,20 @@ class _Block(nn.Module):
         return hidden + self.second(F.silu(self.first(self.norm(hidden)) + self.condition(condition)))
 
 
-def _numbers(names: Sequence[str]) -> dict[str, Any]:
-    """Only where there are some, so that a network without keeps the description that it had."""
-    return {"numbers": list(names)} if names else {}
+def _added(names: Sequence[str], blur: float) -> dict[str, Any]:
+    """Only where there is something, so that a network without keeps the description that it had."""
+    return ({"numbers": list(names)} if names else {}) | ({"blur": blur} if blur else {})
 
 
-def told(network: nn.Module, names: Sequence[str]) -> Any:
+def told(network: nn.Module, names: Sequence[str], blur: float = 0.0) -> Any:
     """A copy of one of our networks that can be told these numbers too, and answers as it did until it is trained.
 
     Args:
         network: a `UNet` or an `MLP`.
         names: "r", the time that a flow map is to lead to (without: t itself); "guidance", a scale (without: 1).
             Those that it is told already are left as they are.
+        blur: of its times, as a share of its clock, where its derivative in time will matter; 0 leaves them. A
+            hundredth changes what it answers by about as much.
 
     Raises:
         OptionError: for another network, or another name.
@@ -212,7 +236,11 @@ def told(network: nn.Module, names: Sequence[str]) -> Any:
         )
     network = copy.deepcopy(network)
     parameter = next(network.parameters())
-    network.tell([name for name in names if name not in network.numbers])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # so that a run that starts from it is a function of its own seed alone
+        network.tell([name for name in names if name not in network.numbers])
+    if blur:
+        network.blur_times(blur)
     return network.to(device=parameter.device, dtype=parameter.dtype)
 
 

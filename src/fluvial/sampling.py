@@ -66,7 +66,7 @@ class Trajectory:
 
 def nfe(model: Model, solver: str | Solver, steps: Steps | None = None, times: Any = None) -> int:
     """Network evaluations per sample that `sample` would make with these arguments."""
-    solver = solvers.named(solver)
+    solver = _suited(solvers.named(solver), model)
     return sum(len(step.stages) for step in plan(model, solver, _nodes(model, solver, times, steps)))
 
 
@@ -128,9 +128,10 @@ def sample(
         DependenceError: for a stochastic solver on a model whose noise is not independent of its data.
         NonFiniteError: when a number that is not finite comes out.
     """
-    if model.jumps and solver is None and nfe is None:
-        solver, steps = "jump", 1 if steps is None and times is None else steps
+    if model.jumps and nfe is None:
+        solver, steps = solver or "jump", 1 if steps is None and times is None else steps
     solver, steps, times = _chosen(solver, steps, times, nfe)
+    solver = _suited(solver, model)
     model = inputs.guided(model, guidance)
     if solver.stochastic and not model.independent:
         raise DependenceError(
@@ -173,6 +174,10 @@ def _chosen(solver: str | Solver | None, steps: Steps | None, times: Any, nfe: i
         raise OptionError(f"nfe is {nfe} together with solver or steps; expected the budget alone, or those")
     chosen, grid = solvers.recommended(nfe)
     return chosen, nfe, grid if times is None else times
+
+
+def _suited(solver: Solver, model: Model) -> Solver:
+    return solver.suited(model) if isinstance(solver, solvers.Jump) else solver
 
 
 def _runner(model: Model, solver: Solver, nodes: list[float], cond: Mapping[str, Tensor], drawn: Drawn) -> Any:

@@ -79,8 +79,11 @@ def sheet(
 
 def beside(pictures: Sequence[Image.Image], titles: Sequence[str]) -> Image.Image:
     """Sheets side by side, each under its title."""
-    gap, above, font = 16, 28, _font(16)
+    gap = 16
     width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    # To be read on a page, into whose width the whole is shrunk.
+    size = max(16, width // 56)
+    above, font = size + 12, _font(size)
     canvas = Image.new("RGB", (width, above + max(picture.height for picture in pictures)), _PAPER)
     draw, left = ImageDraw.Draw(canvas), 0
     for picture, title in zip(pictures, titles):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fluvial import Model, convert, grids, measure, paths, sample, sheets, training
+from fluvial import FlowMap, Model, convert, grids, measure, paths, sample, sheets, solvers, training
 from fluvial.errors import DependenceError, OptionError, ShapeError
 from fluvial.exact import GaussianMixture
 from fluvial.grids import Segments
@@ -23,6 +23,7 @@ from problems import command
 
 MIXTURE = GaussianMixture(torch.tensor([[-2.0, 0.0], [2.0, 1.0]]), torch.tensor([0.5, 0.8]), torch.ones(2))
 N = 400
+EULER = solvers.named("euler")
 
 
 def points(n: int = 2000, seed: int = 5):
@@ -35,6 +36,28 @@ def exact():
     """The exact model of the data, and a conversion of it, at a few steps and at many."""
     model = MIXTURE.model(paths.Rectified())
     return evaluate({"exact": model, "as vp": convert(model, path="vp")}, points(), steps=(1, 32), solver="heun", n=N)
+
+
+def test_flow_maps_are_sampled_by_jumps_and_others_by_euler():
+    """One network as a flow map of each kind: each is sampled as it was made to be, whatever stands beside it."""
+
+    def network(x, t, label, r=None):
+        return 0.5 * x + label[:, None] + (0.0 if r is None else r[:, None])
+
+    model = Model(network, "rectified", null={"label": 2}, shape=(2,))
+    average = FlowMap(model, "average")
+    models = {"flow": model, "average": average, "consistency": FlowMap(model)}
+    found = evaluate(models, points(400), steps=(1, 2), n=60, seeds=1)
+    used = {run: record["solver"] for run, record in found.runs.items()}
+    assert used == {"flow": repr(EULER), "average": "Jump(renoise=0.0)", "consistency": "Jump(renoise=1.0)"}
+    assert found.shared["solver"] == ", ".join(used.values())
+    cond = {"label": torch.arange(60) % 2}
+    for run, solver in (("flow", EULER), ("average", "jump"), ("consistency", solvers.Jump(renoise=1.0))):
+        assert entry(found, run, "2").nfe == 2
+        expected = sample(models[run], 60, solver=solver, steps=2, seed=0, cond=cond)
+        torch.testing.assert_close(entry(found, run, "2").x, expected, rtol=0, atol=1e-6)
+    named = evaluate({"flow": model}, points(400), steps=(1,), n=20, seeds=1, solver="heun")
+    assert named.shared["solver"] == repr(solvers.Heun())
 
 
 def entry(found: Evaluation, run: str, steps: str) -> Entry:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from fluvial import networks, predictions
+from fluvial import distill, networks, predictions
 from fluvial.convention import Clock, Normalisation
 from fluvial.errors import OptionError, RunError
+from fluvial.flow_maps import KINDS, FlowMap
 from fluvial.model import Converted, Model, convert
 from fluvial.paths import VP, Affine, Rectified
 from fluvial.training.checkpoints import convert_run, load, model_hash, save
@@ -211,3 +214,79 @@ def test_saving_again_replaces_but_never_a_run(tmp_path):
         save(model(), tmp_path / "a")
     with pytest.raises(RunError, match="saved model, not a training run"):
         train(model(), {"data": torch.randn(9, 2)}, steps=1, batch_size=4, out=tmp_path / "m", progress=False)
+
+
+def flow_map(kind: str, numbers=(), **options) -> FlowMap:
+    inner: Any = model(**options)
+    inner = inner.with_network(networks.told(inner.network, ["r", *numbers] if kind == "average" else numbers))
+    with torch.no_grad():
+        for parameter in inner.parameters():
+            parameter += 0.1
+    null = {**(inner.null or {}), **dict.fromkeys(numbers, 1.0)}
+    return FlowMap(inner.under(null=null), kind)
+
+
+def arrives_same(one: Any, two: Any, **cond) -> bool:
+    x, label = torch.randn(5, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3, 0])
+    return torch.equal(one(x, 0.3, 0.8, label=label, **cond), two(x, 0.3, 0.8, label=label, **cond))
+
+
+@pytest.mark.parametrize("seen", [None, ("vp", "noise"), ("edm", "data")])
+@pytest.mark.parametrize("numbers", [(), ("guidance",)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_flow_maps_come_back(tmp_path, kind, numbers, seen):
+    saved: Any = flow_map(kind, numbers)
+    if seen is not None:
+        saved = convert(saved, *seen)
+    raw = saved.with_network(copy.deepcopy(saved.network))
+    with torch.no_grad():
+        for parameter in raw.parameters():
+            parameter += 0.1
+    save(raw, tmp_path / "m", ema=saved)
+    told = {"guidance": torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])} if numbers else {}
+    for weights, expected in (("ema", saved), ("raw", raw)):
+        loaded = load(tmp_path / "m", weights=weights)
+        assert isinstance(loaded, FlowMap)
+        assert (loaded.kind, loaded.convention) == (kind, expected.convention)
+        assert arrives_same(loaded, expected, **told)
+        assert model_hash(loaded) == model_hash(expected) == model_hash(tmp_path / "m", weights)
+    assert not arrives_same(raw, saved, **told)
+    words = describe(tmp_path / "m")
+    assert words["flow map"].startswith(f"{kind}: ")
+    assert words["score"].startswith("no")
+    assert ("seen as" in words) == (seen is not None)
+
+
+def test_the_kind_belongs_to_the_hash_and_others_keep_theirs():
+    """Golden: what was saved before there were flow maps has the hash that it had."""
+    network = networks.mlp(2, 3, width=8, depth=1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.arange(parameter.numel()).reshape(parameter.shape) / parameter.numel())
+    plain = Model(network, "rectified", null={"label": 3}, shape=(2,))
+    hashes = {model_hash(plain)} | {model_hash(FlowMap(plain, kind)) for kind in KINDS}
+    assert len(hashes) == 4
+    assert model_hash(plain) == "e82969989a42"
+
+
+@pytest.mark.parametrize("damaged", ["teleport", None, 3, ["average"], {"name": "average"}])
+def test_a_flow_map_of_no_known_kind(tmp_path, damaged):
+    save(flow_map("average"), tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "flow_map": damaged}))
+    for read in (load, describe):
+        with pytest.raises(
+            RunError, match=r"config.json: .*unknown kind of flow map .* expected one of average"
+        ) as caught:
+            read(tmp_path / "m")
+        line(caught)
+
+
+def test_a_described_run_names_what_is_known_and_leaves_out_the_rest(tmp_path):
+    source = {"data": torch.randn(9, 2), "label": torch.arange(9) % 3}
+    distill.consistency(model(), source, 2, batch_size=4, out=tmp_path / "a", progress=False, precision="fp32")
+    said = describe(tmp_path / "a")["objective"]
+    assert said.startswith("method ConsistencyDistillation, target Data")
+    assert f"teacher {model_hash(model())}" in said
+    assert "None" not in said
+    assert "seen as" not in describe(tmp_path / "a")

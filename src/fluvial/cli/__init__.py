@@ -7,8 +7,9 @@ from fluvial.cli import train  # isort: skip
 from fluvial.cli import sample  # isort: skip
 from fluvial.cli import pairs  # isort: skip
 from fluvial.cli import straighten  # isort: skip
+from fluvial.cli import distill  # isort: skip
 from fluvial.cli import evaluate  # isort: skip
 from fluvial.cli import diagnose  # isort: skip
 from fluvial.cli.app import app, main  # isort: skip
 
-__all__ = ["app", "diagnose", "evaluate", "main", "pairs", "sample", "straighten", "train"]
+__all__ = ["app", "diagnose", "distill", "evaluate", "main", "pairs", "sample", "straighten", "train"]

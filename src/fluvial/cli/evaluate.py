@@ -24,7 +24,9 @@ def evaluate(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.", metavar="RUN [RUN …]")],
     steps: Annotated[str, typer.Option(help="Numbers of steps: 1,2,8. 1+9: a budget for each segment.")] = "1,2,4,8,64",
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("compare"),
-    solver: Annotated[str, typer.Option(help=f"{', '.join(solvers.names())}.")] = "euler",
+    solver: Annotated[
+        str | None, typer.Option(help=f"{', '.join(solvers.names())}. Default euler; jump for flow maps.")
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option("-O", "--option", metavar="NAME=VALUE", help="An option of the solver.")
     ] = None,
@@ -50,7 +52,8 @@ def evaluate(
         raise OptionError(f"--out {out} is a run folder; expected another one, for the evaluation")
     if features is not None and features not in NAMES:
         raise one_of("features", features, NAMES)
-    asked, chosen = _steps(steps), settings.solver(solver, option or ())
+    asked = _steps(steps)
+    chosen = settings.solver(solver or "euler", option or ()) if solver or option else None
     if grid is not None and grid not in grids.names():
         raise one_of("grid", grid, grids.names())
     names = _names(runs)

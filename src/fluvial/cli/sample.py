@@ -26,11 +26,15 @@ def sample(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     more: Annotated[list[str] | None, typer.Argument(metavar="[OPTION=VALUES]", help="More for --compare.")] = None,
     n: Annotated[int, typer.Option("-n", help="How many samples.")] = 64,
-    solver: Annotated[str | None, typer.Option(help=f"{', '.join(solvers.names())}. Default {_SOLVER}.")] = None,
+    solver: Annotated[
+        str | None, typer.Option(help=f"{', '.join(solvers.names())}. Default {_SOLVER}; jump for flow maps.")
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option("-O", "--option", metavar="NAME=VALUE", help="An option of the solver.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help=f"Solver steps. Default {sampling.DEFAULT_STEPS}.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help=f"Solver steps. Default {sampling.DEFAULT_STEPS}; 1 for flow maps.")
+    ] = None,
     grid: Annotated[str | None, typer.Option(help=f"{', '.join(grids.names())}. Default uniform.")] = None,
     times: Annotated[str | None, typer.Option(help="The times themselves, rising in [0, 1]: 0,0.5,1.")] = None,
     noise: Annotated[str, typer.Option(help="Of the steps: independent, or brownian (the same at any steps).")] = (
@@ -66,9 +70,14 @@ def sample(
     if times is not None and grid is not None:
         raise OptionError(f"--times {times} and --grid {grid} are given; expected one of them")
     nodes = grid if times is None else settings.times(times)
-    chosen = settings.solver(solver or _SOLVER, options)
+    loaded = training.load(run, weights=weights)
+    chosen = settings.solver(solver or ("jump" if loaded.jumps else _SOLVER), options)
     setting = settings.Setting(
-        chosen, steps, times=nodes, guidance=scale, path=None if path is None else paths.named(path)
+        chosen,
+        1 if loaded.jumps and steps is None and nodes is None else steps,
+        times=nodes,
+        guidance=scale,
+        path=None if path is None else paths.named(path),
     )
     axes = {}
     if compared:
@@ -80,7 +89,6 @@ def sample(
     for name, value in {"--data": data, "--json": json_file, "argument": more and " ".join(more)}.items():
         if value is not None and not compared:
             raise OptionError(f"{name} {value} is of no use without --compare")
-    loaded = training.load(run, weights=weights)
     start = settings.Start(n, seed, labels(loaded, n, label), noise)
     made: dict[str, Any] = {"fluvial": __version__, "run": str(run), "model": training.model_hash(run, weights)}
     made |= {"weights": weights, "label": label}

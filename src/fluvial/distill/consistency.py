@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluvial import grids, random
+from fluvial import grids, random, solvers
 from fluvial.distill.core import Asked, Distillation, mixed
 from fluvial.distill.teacher_steps import TeacherSteps
 from fluvial.errors import OptionError, one_of
@@ -65,6 +65,14 @@ class Consistency(Distillation):
         return {**super().described(), "judge": self.judge}
 
 
+def require_levels(first: int, last: int, over: int) -> None:
+    """Refuses a schedule of levels that does not rise."""
+    if not 1 <= first <= last or over < 1:
+        raise OptionError(
+            f"levels go from {first} to {last} over {over} training steps; expected 1 <= first <= last, and 1 or more"
+        )
+
+
 @lru_cache(64)
 def _levels(grid: Any, steps: int) -> Tensor:
     return torch.tensor(grids.resolve(grid, Rectified(), steps, steps), dtype=torch.float64)
@@ -87,7 +95,8 @@ class OnLevels(Consistency):
     @property
     def levels(self) -> Tensor:
         """The times of the grid, float64."""
-        return _levels(self.grid, self.count())
+        listed = isinstance(self.grid, list | Tensor)
+        return _levels(tuple(float(t) for t in self.grid) if listed else self.grid, self.count())
 
     def draw_times(self, model: Model, index: Tensor, seed: int) -> Tensor:
         u = random.uniform(index, (1,), seed, 0, random.TIME, torch.float64, index.device)[:, 0]
@@ -115,7 +124,6 @@ class ConsistencyDistillation(OnLevels):
         solver: that makes the teacher's step.
     """
 
-    judge: str = "average"
     steps: int = 18
     solver: Any = "heun"
 
@@ -138,24 +146,27 @@ class ConsistencyDistillation(OnLevels):
         return self.follow(x, self.place(given.t), given.cond)
 
     def described(self) -> dict[str, Any]:
-        return {**super().described(), "grid_steps": self.steps, "solver": self.solver}
+        return {**super().described(), "grid_steps": self.steps, "solver": solvers.named(self.solver)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyTraining(OnLevels):
     """The student along straight lines between data and noise, on a grid that becomes finer (algorithm 3).
 
-        steps(k) = ⌈√(k/K ((s1 + 1)² - s0²) + s0²) - 1⌉,    k = 0 … K
+        steps(k) = ⌈√(k/K ((s1 + 1)² - s0²) + s0²) - 1⌉,    k = 0 … K,    and s0 at least
 
     Args:
         first, last: s0 and s1, the steps of the grid at the beginning and at the end.
         over: K, the training steps after which it is finest.
     """
 
-    judge: str = "average"
     first: int = 2
     last: int = 150
     over: int = 5000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_levels(self.first, self.last, self.over)
 
     def count(self) -> int:
         share = min(self.step / self.over, 1.0)

@@ -29,6 +29,7 @@ import torch
 from fluvial import grids
 from fluvial.distill.core import Asked, Distillation
 from fluvial.distill.derivatives import along
+from fluvial.errors import OptionError
 from fluvial.flow_maps import FlowMap
 from fluvial.objectives import Given
 from fluvial.predictions import spread
@@ -45,10 +46,18 @@ class ContinuousConsistency(Distillation):
     """
 
     path: ClassVar[str] = "cosine"
+    blur: ClassVar[float] = 0.01
     target: str = "v"
     times: Any = field(default_factory=lambda: grids.LogNormal(-1.0, 1.4))
     warmup: int = 1000
     c: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.c > 0:
+            raise OptionError(f"c is {self.c}; expected a positive number, such as 0.1")
+        if self.warmup < 0:
+            raise OptionError(f"warmup is {self.warmup}; expected training steps, 0 or more")
 
     def ask(self, own: FlowMap, given: Given) -> Asked:
         angle = (1.0 - given.t) * (math.pi / 2)

@@ -62,6 +62,7 @@ class Distillation(Objective):
 
     path: ClassVar[str] = "rectified"
     kind: ClassVar[str] = "consistency"
+    blur: ClassVar[float] = 0.0  # of the student's times, where its derivative in time is asked for
     teacher: Model | None = field(default=None, repr=False)
     scales: tuple[float, float] | None = None
     own: FlowMap | None = field(default=None, repr=False, compare=False)
@@ -72,6 +73,11 @@ class Distillation(Objective):
         super().__post_init__()
         if self.target != "data" and (self.distance == "lpips" or hasattr(self.distance, "between")):
             raise OptionError(f"distance is {self.distance!r}, of images; expected another for a {self.target}")
+
+    @property
+    def independent(self) -> bool:
+        """A student's states have the law that its teacher's have, whatever it learns from."""
+        return True
 
     def ask(self, own: FlowMap, given: Given) -> Asked:
         """The question for these samples; `own` is the student with the weights it has now."""
@@ -84,8 +90,16 @@ class Distillation(Objective):
         return now
 
     def described(self) -> dict[str, Any]:
-        teacher = None if self.teacher is None else model_hash(self.teacher)
-        return {"method": type(self).__name__, **super().described(), "teacher": teacher, "scales": self.scales}
+        teacher, guidance = self.teacher, None
+        while teacher is not None and hasattr(teacher, "source"):
+            guidance, teacher = getattr(teacher, "guidance", guidance), teacher.source  # type: ignore[attr-defined]
+        return {
+            "method": type(self).__name__,
+            **super().described(),
+            "teacher": None if teacher is None else model_hash(teacher),
+            "guidance": guidance,
+            "scales": self.scales,
+        }
 
     # What methods are made of
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,11 +22,22 @@ def along(
     In full precision, and with the attention that is written out: the fused kernels have no forward derivative.
 
     Args:
+        function: differentiable in its arguments; a time among them lies inside its path, where the path's clock has a
+            derivative.
         point, direction: as many tensors each, of the same shapes and dtypes.
     """
+    _load_rules()
     with torch.autocast(point[0].device.type, enabled=False), sdpa_kernel(SDPBackend.MATH), _Contiguous():
         found: Any = torch.func.jvp(function, point, direction)
     return found
+
+
+@functools.cache
+def _load_rules() -> None:
+    """Has torch load its rules of forward derivatives: at first use it warns of the compiler that it has for them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
+        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
 
 
 class _Contiguous(TorchFunctionMode):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fluvial import random
-from fluvial.distill.consistency import OnLevels
+from fluvial.distill.consistency import OnLevels, require_levels
 from fluvial.model import Model
 
 
@@ -35,6 +35,10 @@ class ImprovedConsistencyTraining(OnLevels):
     over: int = 5000
     mean: float = -1.1
     std: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_levels(self.first, self.last, self.over)
 
     def count(self) -> int:
         stages = int(math.log2(self.last // self.first)) + 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from fluvial import inputs
+from fluvial.convention import Normalisation
 from fluvial.distill.core import Distillation
 from fluvial.distill.scaled import Scaled
 from fluvial.errors import OptionError
@@ -61,24 +63,44 @@ def learn(
             "it was trained on are not mixtures of data and fresh noise; expected a source of its own pairs, made by "
             "make_pairs"
         )
-    own = begun(model, method.kind, scales, student)
+    own = begun(model, method, scales, student)
+    if model.normalisation == Normalisation() and taught:
+        # The teacher's units are the data's own: the student must not standardise what it is taught.
+        n = source.normalisation
+        own = own.under(normalisation=Normalisation(low=n.low, high=n.high, mean=n.mean or 0.0, std=n.std))
     teacher = inputs.guided(convert(model, path=method.path), guidance) if taught else None
     if isinstance(model.network, nn.Module):
         model.network.eval()
     rules = {"scales": scales, "coupling": "pairs" if paired else "independent", **options}
     objective = method(teacher=teacher, **rules)
     flow_map = FlowMap(convert(own, path=method.path, prediction="velocity"), method.kind)
-    return train(flow_map, source, objective, steps=steps, **{"lr": 5e-4, "schedule": "cosine", **training})
+    defaults: dict[str, Any] = {"lr": 5e-4, "schedule": "cosine"}
+    if paired:
+        defaults["drop_cond"] = 0.0  # the pairs themselves hold what was made without conditions
+    return train(flow_map, source, objective, steps=steps, **{**defaults, **training})
 
 
-def begun(model: Model, kind: str, scales: Any, student: Model | None) -> Model:
+def begun(model: Model, method: type[Distillation], scales: Any, student: Model | None) -> Model:
     """The model that is trained, in its own notation: a copy, told what it must be told."""
     own = reread(model) if student is None else student
-    wanted = (["r"] if kind == "average" else []) + (["guidance"] if scales else [])
+    wanted = (["r"] if method.kind == "average" else []) + (["guidance"] if scales else [])
     # A network that the user brings along takes what it needs by itself.
     ours = student is None or isinstance(student.network, UNet | MLP)
-    own = trainable(own, wanted if ours else ()).under(grid=None, segments=None)
+    if wanted and not ours:
+        _require_taken(own.network, wanted)
+    own = trainable(own, wanted if ours else (), method.blur if ours else 0.0).under(grid=None, segments=None)
     return own.under(null={**(own.null or {}), "guidance": 1.0}) if scales else own
+
+
+def _require_taken(network: Any, wanted: Sequence[str]) -> None:
+    takes = inspect.signature(network.forward if isinstance(network, nn.Module) else network).parameters.values()
+    named = {parameter.name for parameter in takes}
+    lacking = [name for name in wanted if name not in named]
+    if lacking and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes):
+        raise OptionError(
+            f"the student's {type(network).__name__} does not take {lacking[0]!r}, which this method tells it; "
+            f"expected network(x, t, {lacking[0]}=…, **cond)"
+        )
 
 
 def _guidance(given: Guidance) -> tuple[Callable[[Model], Model] | None, tuple[float, float] | None]:

@@ -32,11 +32,17 @@ from fluvial.predictions import spread
 class Adaptive:
     """e / (e + c)^p, e the mean squared error and the divisor without gradient: p = 1 makes all samples count alike.
 
+    The source's e is the sum over a sample's dimensions: its c is this one times their number.
+
     Source: as for `MeanFlow`, eq. 22
     """
 
     c: float = 1e-3
     p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.c > 0:
+            raise OptionError(f"c is {self.c}; expected a positive number, such as 1e-3")
 
     def __call__(self, error: Tensor) -> Tensor:
         e = mean_square(error)
@@ -53,6 +59,7 @@ class MeanFlow(Distillation):
     """
 
     kind: ClassVar[str] = "average"
+    blur: ClassVar[float] = 0.01
     target: str = "velocity"
     times: Any = field(default_factory=lambda: grids.LogitNormal(0.4, 1.0))
     distance: str | Callable[[Tensor], Tensor] = Adaptive()

@@ -40,13 +40,17 @@ def consistency(
     steps: int = 5000,
     *,
     solver: Any = "heun",
-    grid: Any = "karras",
-    grid_steps: int = 18,
-    judge: str = "average",
+    grid: Any = "uniform",
+    grid_steps: int = 8,
+    judge: str = "own",
     distance: Any = "mse",
     **rest: Any,
 ) -> FlowMap:
-    """Consistency distillation: see `ConsistencyDistillation`; `rest` as for `learn`."""
+    """Consistency distillation: see `ConsistencyDistillation`; `rest` as for `learn`.
+
+    The source's grid, 18 levels with rho = 7, and its judge, a moving average, follow the teacher more closely; what is
+    known at the data then takes longer to reach the noise: grid="karras", grid_steps=18, judge="average".
+    """
     options = {"solver": solver, "grid": grid, "steps": grid_steps, "judge": judge, "distance": distance}
     return _flow_map(model, source, ConsistencyDistillation, steps, options, **rest)
 
@@ -110,13 +114,16 @@ def mean_flow(
     steps: int = 5000,
     *,
     taught: bool = True,
-    share: float = 0.25,
-    times: Any = grids.LogitNormal(0.4, 1.0),  # noqa: B008
-    distance: Any = Adaptive(),  # noqa: B008
+    share: float = 0.75,
+    times: Any = "uniform",
+    distance: Any = None,
     **rest: Any,
 ) -> FlowMap:
-    """MeanFlow, along the model's velocity (or the data's, with taught=False): see `MeanFlow`."""
-    options = {"share": share, "times": times, "distance": distance}
+    """MeanFlow, along the model's velocity (or the data's, with taught=False): see `MeanFlow`.
+
+    The source's share of 0.25, and its times, are for a network that must learn the velocity too: this one knows it.
+    """
+    options = {"share": share, "times": times, "distance": distance or Adaptive()}
     return _flow_map(model, source, MeanFlow, steps, options, taught=taught, **rest)
 
 
@@ -155,7 +162,10 @@ def progressive(
     """
     if not halvings or any(2 * later != one for one, later in pairwise(halvings)) or halvings[-1] < 1:
         raise OptionError(f"halvings is {tuple(halvings)}; expected each the half of the one before, such as 4, 2, 1")
+    if steps < len(halvings):
+        raise OptionError(f"steps is {steps} for {len(halvings)} rounds; expected {len(halvings)} or more")
     source, student = open_source(source), None
+    begun = rest.pop("student", None)
     for k, count in enumerate(halvings):
         last = k == len(halvings) - 1
         folder = out if out is None or last else Path(out).with_name(f"{Path(out).name}-steps-{count}")
@@ -164,9 +174,8 @@ def progressive(
         rules: dict[str, Any] = {"steps": count, "distance": distance}
         if k and isinstance(guidance, Sequence):
             rules["scales"] = tuple(guidance)  # the teacher is told its scale by now
-        student = _flow_map(
-            teacher, source, Halving, part, rules, guidance=guidance if k == 0 else None, out=folder, **rest
-        )
+        beginning = {"guidance": guidance, "student": begun} if k == 0 else {}
+        student = _flow_map(teacher, source, Halving, part, rules, out=folder, **beginning, **rest)
     assert student is not None
     return student
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fluvial import random
 from fluvial.distill.core import Asked, Distillation
-from fluvial.errors import ShapeError
+from fluvial.errors import OptionError, ShapeError
 from fluvial.flow_maps import FlowMap
 from fluvial.model import Model
 from fluvial.objectives import Given
@@ -38,6 +38,11 @@ class Regression(Distillation):
     coupling: Any = "pairs"
     starts: tuple[float, ...] = (0.0,)
     first: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.first <= 1.0:
+            raise OptionError(f"first is {self.first}; expected a share of the samples, from 0 to 1")
 
     def _place(self, u: Tensor) -> Tensor:
         """Which start (B,) each sample has."""

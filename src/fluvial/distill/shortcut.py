@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from fluvial import random
+from fluvial.distill.consistency import TARGETS
 from fluvial.distill.core import CHOICE, LEVEL, Asked, Distillation, mixed
-from fluvial.errors import OptionError
+from fluvial.errors import OptionError, one_of
 from fluvial.flow_maps import FlowMap
 from fluvial.model import Model
 from fluvial.objectives import Given
@@ -47,6 +48,8 @@ class Shortcut(Distillation):
             raise OptionError(f"steps is {self.steps}; expected a power of 2, such as 128")
         if not 0.0 < self.share < 1.0:
             raise OptionError(f"share is {self.share}; expected a part of the samples, between 0 and 1")
+        if self.judge not in TARGETS:
+            raise one_of("judge", self.judge, TARGETS)
 
     def _length(self, choice: Tensor, level: Tensor) -> Tensor:
         """2d (B,) from uniform numbers: 1, 1/2, … 2/steps; 0 for those that learn the velocity."""
@@ -74,7 +77,7 @@ class Shortcut(Distillation):
 
     def _two_steps(self, judge: FlowMap, x: Tensor, t: Tensor, half: Tensor, cond: dict[str, Tensor]) -> Tensor:
         # The shortest steps are those of the velocity itself.
-        ahead = torch.where(half > 0.75 / self.steps, half, 0.0)
+        ahead = torch.where(half > 1.5 / self.steps, half, 0.0)
         first = judge.on_the_way(x, t, t + ahead, **cond).velocity
         middle = x + spread(half, x) * first
         second = judge.on_the_way(middle, t + half, t + half + ahead, **cond).velocity

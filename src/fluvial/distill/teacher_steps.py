@@ -41,7 +41,8 @@ class TeacherSteps:
         steps = [plans.forward(model, solver, pair)[0] for pair in pairwise(times)]
         # A landing step has fewer stages: the others' are then asked at the state it has, and count for nothing.
         self.stages = max(len(step.stages) for step in steps)
-        self.times = torch.tensor([[self._time(step, j) for j in range(self.stages)] for step in steps]).double()
+        asked = [[self._time(step, j) for j in range(self.stages)] for step in steps]
+        self.times = torch.tensor(asked, dtype=torch.float64)  # (places, stages)
         rows = [[self._numbers(self._stage(step, j)) for j in range(self.stages)] for step in steps]
         self.states = torch.tensor(rows, dtype=torch.float64)  # (places, stages, slots)
         self.ends = torch.tensor([self._numbers(step.next) for step in steps], dtype=torch.float64)  # (places, slots)

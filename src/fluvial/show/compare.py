@@ -204,8 +204,10 @@ def compare(
         say: told what is being done.
 
     Raises:
-        OptionError: for a combination that cannot be sampled, before the first network call.
+        OptionError: for a flow map, or a combination that cannot be sampled, before the first network call.
     """
+    if model.jumps:
+        raise OptionError("the model is a flow map, with no ODE to compare with; expected fluvial evaluate, with data")
     settings: dict[tuple[str, ...], Setting] = {}
     for at in itertools.product(*options.values()):
         chosen = {option: options[option][value] for option, value in zip(options, at)}

@@ -138,10 +138,12 @@ def diagnose(
         say: told what is being done.
 
     Raises:
-        OptionError: fewer than two seeds or trajectories; data without a sample of the classes asked for; what the
-            measures refuse.
+        OptionError: a flow map; fewer than two seeds or trajectories; data without a sample of the classes asked for;
+            what the measures refuse.
         ShapeError: data of another shape than the model's samples.
     """
+    if model.jumps:
+        raise OptionError("a flow map has no trajectories to follow; expected the model that it was made from")
     if seeds < 2 or n < 2:
         raise OptionError(f"seeds is {seeds} and n is {n}; expected 2 or more of each, for standard deviations")
     real = None

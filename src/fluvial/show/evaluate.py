@@ -22,7 +22,7 @@ from fluvial.grids import Split
 from fluvial.measure import Floor
 from fluvial.model import Model
 from fluvial.show.evaluate_real import MEASURES, Real
-from fluvial.show.settings import Drawn, Setting, Start, draw
+from fluvial.show.settings import Drawn, Setting, Start, draw, suited
 from fluvial.solvers import Solver
 from fluvial.training import Source
 
@@ -199,7 +199,7 @@ def evaluate(
     source: Source,
     *,
     steps: Sequence[Steps] = STEPS,
-    solver: str | Solver = "euler",
+    solver: str | Solver | None = None,
     grid: Any = None,
     n: int = 1000,
     seeds: int = 3,
@@ -215,7 +215,7 @@ def evaluate(
         source: real data, of the models' shape and in their units.
         steps: numbers of steps. A tuple is a budget for each segment, (1, 9): of the segments of a model that has some,
             of equal parts of the rectified path's time for all others, which are then sampled in that notation.
-        solver: a name or an object.
+        solver: a name or an object; default "euler", and "jump" for flow maps.
         grid: a grid or its name, laid into each segment where there are several; None is uniform.
         n: samples of each seed. They ask for the classes in turn.
         seeds: how many; seed s starts from the noise of that seed, in all models and at all steps.
@@ -227,10 +227,10 @@ def evaluate(
     Raises:
         OptionError, ShapeError, DependenceError: for what cannot be sampled or compared, before anything is measured.
     """
-    solver = solvers.named(solver)
+    taken = {run: _solver(model, solver) for run, model in models.items()}
     _check(models, source, steps, n, seeds, label)
     settings = {
-        (run, budget): _setting(model, solver, budget, grid, guidance)
+        (run, budget): _setting(model, taken[run], budget, grid, guidance)
         for run, model in models.items()
         for budget in steps
     }
@@ -260,7 +260,7 @@ def evaluate(
         **real.record(),
         "samples": n,
         "seeds": list(range(seeds)),
-        "solver": repr(solver),
+        "solver": ", ".join(dict.fromkeys(map(repr, taken.values()))),
         "grid": str(grid or "uniform"),
         "guidance": guidance,
         "labels": "none" if not any(a is not None for a in asked.values()) else "in turn" if label is None else label,
@@ -268,7 +268,7 @@ def evaluate(
     accuracy = None if real.classifier is None else real.classifier.accuracy
     # Real ones in the order of the classes asked for.
     shown = real.data[real.chosen[real.kept.argsort()]]
-    runs = {run: describe(model) for run, model in models.items()}
+    runs = {run: describe(model) | {"solver": repr(taken[run])} for run, model in models.items()}
     return Evaluation(entries, real.floors, accuracy, shown[:_SHOWN_POINTS], shared, runs)
 
 
@@ -311,6 +311,11 @@ def _asked(model: Model, n: int, label: int | None) -> Tensor | None:
     if classes is None:
         return None
     return torch.arange(n) % classes if label is None else torch.full((n,), label)
+
+
+def _solver(model: Model, solver: str | Solver | None) -> Solver:
+    chosen = solvers.named(solver or ("jump" if model.jumps else "euler"))
+    return suited(chosen, model)
 
 
 def _setting(model: Model, solver: Solver, steps: Steps, grid: Any, guidance: float | None) -> Setting:

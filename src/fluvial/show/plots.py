@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 BLUE, ORANGE, GREEN, RED, GREY = "#1f6fb4", "#d9772b", "#3a9668", "#b8405e", "#8a96a3"
+
+# The spread of what a student makes of noise, in units of the data's: one that has left this fails.
+HEALTHY = (0.5, 2.0)
 
 
 def blank(width: float = 7.4, height: float = 3.9) -> tuple[Any, Any]:
@@ -47,26 +51,23 @@ def panel() -> tuple[Any, Any]:
 
 
 def loss(metrics: Sequence[Mapping[str, Any]]) -> Any:
-    """The training loss by step: all of it, and by log-SNR bin."""
-    figure, axes = blank()
-    steps = [m["step"] for m in metrics]
-    names = list(metrics[-1]["loss_by_log_snr"])
+    """The training loss by step: all of it, and by log-SNR bin; on a logarithmic axis where it spans much."""
     import matplotlib
 
-    shades = matplotlib.colormaps["viridis"].resampled(len(names) + 1)
+    figure, axes = blank()
+    names, steps, whole = _bins(metrics), [m["step"] for m in metrics], [m["loss"] for m in metrics]
+    shades, shown = matplotlib.colormaps["viridis"].resampled(len(names) + 1), list(whole)
     for number, name in enumerate(names):
         points = [(m["step"], m["loss_by_log_snr"].get(name)) for m in metrics]
         points = [(step, value) for step, value in points if value is not None]
-        if points:
-            axes.plot(*zip(*points), color=shades(number), lw=1.1, label=f"log-SNR {_range(name)}")
-    axes.plot(steps, [m["loss"] for m in metrics], color="#1c2430", lw=2.2, label="all")
-    first, last = metrics[0]["loss"], metrics[-1]["loss"]
-    axes.set(
-        yscale="log",
-        xlabel="training step",
-        ylabel="mean squared error of the target",
-        title=f"Loss fell from {first:.3g} to {last:.3g}",
-    )
+        shown += [value for _, value in points]
+        axes.plot(*zip(*points), color=shades(number), lw=1.1, label=f"log-SNR {_range(name)}", **_dots(points))
+    axes.plot(steps, whole, color="#1c2430", lw=2.2, label="all", **_dots(steps))
+    axes.set(xlabel="training step", ylabel="training loss (mean over samples)", title=f"Loss {_change(whole)}")
+    if min(shown) > 0.0 and max(shown) > 5.0 * min(shown):
+        _log_scale(axes, shown)
+    else:
+        axes.set_ylim(0, None)
     axes.legend(fontsize=8.5, ncols=1, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
@@ -75,7 +76,7 @@ def loss_by_log_snr(metrics: Sequence[Mapping[str, Any]]) -> Any:
     """Where the remaining loss sits: the mean of the last records, per log-SNR bin."""
     figure, axes = blank(height=3.2)
     tail = metrics[-max(1, len(metrics) // 5) :]
-    names, values = list(tail[-1]["loss_by_log_snr"]), []
+    names, values = _bins(tail), []
     for name in names:
         known = [m["loss_by_log_snr"][name] for m in tail if m["loss_by_log_snr"].get(name) is not None]
         values.append(sum(known) / len(known) if known else 0.0)
@@ -84,11 +85,72 @@ def loss_by_log_snr(metrics: Sequence[Mapping[str, Any]]) -> Any:
     axes.set_xticks(range(len(names)), [_range(name) for name in names], rotation=20)
     axes.set(
         xlabel="log-SNR (noise on the left, data on the right)",
-        ylabel="mean squared error",
+        ylabel="training loss",
         title=f"Most of the loss is left at log-SNR {_range(worst)}",
     )
     axes.grid(axis="x", visible=False)
     return figure
+
+
+def gap_and_spread(metrics: Sequence[Mapping[str, Any]]) -> Any:
+    """What a distillation watches: the student's distance to its target, and the spread of what it makes of noise."""
+    figure, axes = blank(height=3.4)
+    steps = [m["step"] for m in metrics]
+    axes.axhspan(*HEALTHY, color=GREEN, alpha=0.10, lw=0, label="healthy spread")
+    axes.axhline(1.0, color=GREY, ls=":", label="spread of the data")
+    for name, colour in (("spread", GREEN), ("gap", ORANGE)):
+        # What is not a number, or 0, has no place on a logarithmic axis; the title says so.
+        values = [m[name] if 0.0 < m[name] < math.inf else math.nan for m in metrics]
+        axes.plot(steps, values, color=colour, lw=1.8, label=name, **_dots(steps))
+    _log_scale(axes, [value for m in metrics for value in (m["gap"], m["spread"], *HEALTHY) if 0.0 < value < math.inf])
+    axes.set(xlabel="training step", ylabel="standard deviations of the data")
+    axes.set_title(watched_finding(metrics))
+    axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def watched_finding(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """In one line: when the run began to fail, or how it went.
+
+    A student starts from its teacher, whose one step makes means: a spread that is small at first may yet rise.
+    """
+    (low, high), grown = HEALTHY, False
+    for m in metrics:
+        if not (math.isfinite(m["gap"]) and math.isfinite(m["spread"])):
+            return f"This run fails: no number is left at step {m['step']}"
+        for name in ("spread", "gap"):
+            if m[name] > high or (name == "spread" and grown and m[name] < low):
+                return f"This run fails: the {name} is {m[name]:.2g} at step {m['step']}"
+        grown = grown or m["spread"] >= low
+    return f"The gap {_change([m['gap'] for m in metrics])}; the spread is {metrics[-1]['spread']:.2f}"
+
+
+def _change(values: Sequence[float]) -> str:
+    first, last = values[0], values[-1]
+    if len(values) == 1:
+        return f"is {first:.3g} after the first record"
+    if abs(last - first) <= 0.1 * abs(first):
+        return f"stayed at about {last:.2g}"
+    return f"{'fell' if last < first else 'rose'} from {first:.3g} to {last:.3g}"
+
+
+def _dots(points: Sequence[Any]) -> dict[str, str]:
+    """A line through one point alone would not be seen."""
+    return {"marker": "o"} if len(points) == 1 else {}
+
+
+def _log_scale(axes: Any, shown: Sequence[float]) -> None:
+    """A logarithmic axis whose numbers are written out, also between powers of ten where there are few of those."""
+    few = max(shown) < 30.0 * min(shown)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if few and f"{value:e}"[0] in "235" else "")
+
+
+def _bins(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The log-SNR bins that any of the records has, from noise to data."""
+    names = {name for m in metrics for name in m["loss_by_log_snr"]}
+    return sorted(names, key=lambda name: float(name.split("..")[0] or "-inf"))
 
 
 def _range(name: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fluvial import grids, paths, sampling, solvers
@@ -15,7 +16,7 @@ from fluvial.errors import OptionError, one_of
 from fluvial.guidance import CFG
 from fluvial.model import Model, convert
 from fluvial.paths import Path
-from fluvial.solvers import Dopri5, Solver
+from fluvial.solvers import Dopri5, Jump, Solver
 
 Axes = dict[str, dict[str, Any]]
 
@@ -35,8 +36,11 @@ class Setting:
         """The model in the notation it is sampled in."""
         return model if self.path is None else convert(model, path=self.path)
 
-    def guide(self) -> CFG | None:
-        return None if self.guidance is None else CFG(self.guidance)
+    def guide(self, model: Model) -> tuple[CFG | None, dict[str, float]]:
+        """The guidance, and what the model is told of it: one that has learned to follow a scale is told it instead."""
+        if self.guidance is None:
+            return None, {}
+        return (None, {"guidance": self.guidance}) if "guidance" in (model.null or {}) else (CFG(self.guidance), {})
 
     def fitted(self, model: Model) -> Setting:
         """The same with as many steps as are made: those that fit the budget, or the grid's own.
@@ -45,17 +49,18 @@ class Setting:
             OptionError: for a budget that is too small, and times that cannot be used.
         """
         view = self.view(model)
+        solver = suited(self.solver, view)
         if self.nfe is None:
-            default = 1 if isinstance(self.solver, Dopri5) else sampling.DEFAULT_STEPS
+            default = 1 if isinstance(solver, Dopri5) else sampling.DEFAULT_STEPS
             nodes = view.times(self.times, self.steps, default)
-            return replace(self, steps=len(nodes) - 1)
+            return replace(self, solver=solver, steps=len(nodes) - 1)
         # No step is without a call, and more steps never take fewer calls.
         costs = range(1, self.nfe + 1)
         steps = bisect_right(costs, self.nfe, key=lambda n: sampling.nfe(view, self.solver, n, self.times))
         if steps == 0:
             least = sampling.nfe(view, self.solver, 1, self.times)
             raise OptionError(f"nfe is {self.nfe}; expected {least} or more, which one step of {self.solver} takes")
-        return replace(self, steps=steps)
+        return replace(self, solver=solver, steps=steps)
 
     def record(self, model: Model) -> dict[str, Any]:
         """In words that JSON can hold."""
@@ -88,6 +93,8 @@ class Drawn(NamedTuple):
 def draw(model: Model, setting: Setting, start: Start, first: int = 0, progress: bool = False) -> Drawn:
     """The samples of a setting, from noises first … first + n - 1."""
     calls, began = [0], time.perf_counter()
+    guidance, told = setting.guide(model)
+    cond = {**start.cond, **{name: torch.full((start.n,), value) for name, value in told.items()}}
     x = sampling.sample(
         setting.view(model),
         start.n,
@@ -97,12 +104,17 @@ def draw(model: Model, setting: Setting, start: Start, first: int = 0, progress:
         times=setting.times,
         seed=start.seed,
         first=first,
-        cond=start.cond,
-        guidance=setting.guide(),
+        cond=cond,
+        guidance=guidance,
         callback=lambda step: calls.append(step.nfe),
         progress=progress,
     )
     return Drawn(x, calls[-1], time.perf_counter() - began)
+
+
+def suited(solver: Solver, model: Model) -> Solver:
+    """The solver with what it chooses for the model, so that it can be written down."""
+    return solver.suited(model) if isinstance(solver, Jump) else solver
 
 
 # As typed.

@@ -47,6 +47,8 @@ def recipe(
             f"solver {solver.name} is stochastic: its data are no function of the noise and make no pairs; expected an "
             "ODE solver, such as heun"
         )
+    if model.jumps:
+        raise OptionError("the model is a flow map, which has no ODE to follow; expected the model it was made from")
     whole("seed", seed, 0)
     inputs.checked_seed(seed)
     if not 0.0 <= drop_cond <= 1.0:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fluvial.errors import RunError
+from fluvial.errors import RunError, one_of
 from fluvial.grids import Segments
 from fluvial.model import Model
 from fluvial.training import atomic
@@ -239,8 +239,9 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, str]:
     convention = config["convention"]
     notation = f"{convention['prediction']['name']} on {_options(convention['path'])}"
     words = {"model": f"{model_hash(folder)}, predicts {notation}"}
-    if config["view"]:
-        words["seen as"] = f"{config['view']['prediction']['name']} on {_options(config['view']['path'])}"
+    view = config["view"] and f"{config['view']['prediction']['name']} on {_options(config['view']['path'])}"
+    if view and view != notation:
+        words["seen as"] = view
     words["network"] = f"{network['class']}, {sum(value.numel() for value in weights.values()):,} numbers"
     if network["config"]:
         words["architecture"] = _options({k: v for k, v in network["config"].items() if k != "kind"}, "kind")
@@ -251,12 +252,17 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, str]:
             f"{key} {n[key]:.4g}" for key in ("low", "high", "mean", "std") if n[key] is not None
         )
     words["score"] = "yes" if convention["independent"] else "no: its noise is not independent of its data"
+    if "flow_map" in config:
+        words["score"] = "no: it says where a way ends, not what may be there"
     if convention.get("segments"):
         words["segments"] = str(Segments.from_config(convention["segments"]))
     if convention["null"]:
         words["conditions"] = ", ".join(f"{name} ({value} is none)" for name, value in convention["null"].items())
     if "flow_map" in config:
-        words["flow map"] = _FLOW_MAPS[config["flow_map"]]
+        kind = config["flow_map"]
+        if kind not in list(_FLOW_MAPS):
+            raise RunError(f"{run.path / CONFIG}: {one_of('kind of flow map', kind, _FLOW_MAPS)}")
+        words["flow map"] = _FLOW_MAPS[kind]
     if training:
         words |= _describe_training(run, training)
     return words | {"written by": f"Fluvial {config.get('fluvial', 'of an unknown version')}"}
@@ -266,9 +272,9 @@ def _describe_training(run: RunFolder, training: Mapping[str, Any]) -> dict[str,
     data, step = training["data"], run.step() or 0
     size = "a stream" if data["size"] is None else f"{data['size']:,} samples"
     objective = {
-        key: value["name"] if isinstance(value, Mapping) else value
+        key: value["name"] if isinstance(value, Mapping) else _rounded(value)
         for key, value in training["objective"].items()
-        if key != "segments"  # these are the convention's too
+        if key != "segments" and value is not None  # segments are the convention's too
     }
     words = {
         "data": f"{data['name']}, {size}",
@@ -281,6 +287,11 @@ def _describe_training(run: RunFolder, training: Mapping[str, Any]) -> dict[str,
     if lines:
         words["last loss"] = f"{lines[-1]['loss']:.4f}, {lines[-1]['samples_per_second']:,.0f} samples/s"
     return words
+
+
+def _rounded(value: Any) -> Any:
+    """A list of numbers without the last digits of floating point."""
+    return [float(f"{v:.6g}") if isinstance(v, float) else v for v in value] if isinstance(value, list) else value
 
 
 def _options(config: Mapping[str, Any], name: str = "name") -> str:

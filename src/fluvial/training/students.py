@@ -29,12 +29,12 @@ def reread(model: Model) -> Model:
     return convert(read, model.path).under(grid=model.grid, segments=model.segments, independent=model.independent)
 
 
-def trainable(model: Model, numbers: Sequence[str] = ()) -> Model:
+def trainable(model: Model, numbers: Sequence[str] = (), blur: float = 0.0) -> Model:
     """The same model around a copy of its network, to be trained.
 
     Args:
         model: the teacher.
-        numbers: what the copy is to be told beside the time, see `fl.networks.told`.
+        numbers, blur: what the copy is to be told beside the time, and how its times are blurred; `fl.networks.told`.
 
     Raises:
         OptionError: for a model around a plain function, which has nothing to train; for one under guidance; for a flow
@@ -49,5 +49,5 @@ def trainable(model: Model, numbers: Sequence[str] = ()) -> Model:
         raise OptionError(
             f"the network is a {type(network).__name__} without weights; expected an nn.Module to start from"
         )
-    own = networks.told(network, numbers) if numbers else copy.deepcopy(network)
+    own = networks.told(network, numbers, blur) if numbers or blur else copy.deepcopy(network)
     return model.with_network(own.requires_grad_(True))
