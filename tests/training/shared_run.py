@@ -7,9 +7,13 @@ from pathlib import Path
 
 import torch
 
-from fluvial import networks
+from fluvial import distill, networks
 from fluvial.objectives import Objective
+from fluvial.training.checkpoints import load
 from fluvial.training.trainer import is_main_process, model_for, train
+
+
+STUDENTS = {"consistency": distill.consistency, "mean-flow": distill.mean_flow, "shortcut": distill.shortcut}
 
 
 def runs(folder: Path) -> None:
@@ -25,6 +29,12 @@ def runs(folder: Path) -> None:
         )  # fmt: skip
         assert run.step == 12
         assert len(run.metrics) == 6, "every process has all metrics"
+    for name, method in STUDENTS.items():
+        teacher = load(folder / "independent", weights="raw")
+        method(
+            teacher, source, 12, batch_size=32, out=folder / name, precision="fp32", log_every=2, sheet_every=None,
+            progress=False, lr=1e-2, warmup=0,
+        )  # fmt: skip
     if is_main_process():
         print("done")
 

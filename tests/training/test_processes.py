@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from shared_run import runs
+from shared_run import STUDENTS, runs
 
 from fluvial.training.checkpoints import load, weights_of
 
@@ -34,7 +34,7 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
     return one, two
 
 
-@pytest.mark.parametrize("coupling", ["independent", "ot"])
+@pytest.mark.parametrize("coupling", ["independent", "ot", *STUDENTS])
 def test_same_loss_curve(folders, coupling):
     one, two = (metrics(folder / coupling) for folder in folders)
     assert [line["step"] for line in one] == [line["step"] for line in two] == [2, 4, 6, 8, 10, 12]
@@ -44,7 +44,7 @@ def test_same_loss_curve(folders, coupling):
         assert a["loss_by_log_snr"] == pytest.approx(b["loss_by_log_snr"], rel=1e-4)
 
 
-@pytest.mark.parametrize("coupling", ["independent", "ot"])
+@pytest.mark.parametrize("coupling", ["independent", "ot", *STUDENTS])
 def test_same_weights_saved_without_prefix(folders, coupling):
     first, second = (weights_of(load(folder / coupling, weights="raw").network) for folder in folders)
     for name, value in first.items():
