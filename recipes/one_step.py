@@ -16,10 +16,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import torch
 from half_straightening import Judge
 
 import fluvial as fl
 from fluvial import distill, sheets, straighten, training
+from fluvial.training.runs import RunFolder
 
 # Steps of about five minutes on two cores, for a U-Net of 8x8 digits.
 STEPS = {
@@ -39,6 +41,8 @@ TEACHER = (1, 2, 4, 8, 32)
 
 def student(base: Any, source: Any, name: str, seed: int, out: Path, steps: int) -> Any:
     """A finished student, or a new one."""
+    if (out / f"{name}-{seed}").is_dir() and RunFolder(out / f"{name}-{seed}").step() == steps:
+        return fl.load(out / f"{name}-{seed}")
     if name == "pairs":
         times = [0.25, 0.5, 0.75]
         teacher = fl.convert(base, path="rectified")
@@ -46,6 +50,12 @@ def student(base: Any, source: Any, name: str, seed: int, out: Path, steps: int)
             teacher, 20_000, solver="vabm", steps=24, states=times, out=out / "pairs", seed=7
         )
     return distill.METHODS[name](base, source, steps, out=out / f"{name}-{seed}", seed=seed)
+
+
+def of_steps(made: Any, folder: Path, steps: int) -> Any:
+    """The student for so many steps: progressive distillation leaves one for each number."""
+    own = folder.with_name(f"{folder.name}-steps-{steps}")
+    return fl.load(own) if own.is_dir() else made
 
 
 def row(judge: Judge, model: Any, budgets: tuple[int, ...], seed: int, **how: Any) -> list[dict[str, Any]]:
@@ -77,21 +87,27 @@ def main() -> None:
     for name in given.methods.split(","):
         for seed in range(given.seeds):
             made = student(base, source, name, seed, given.out, round(STEPS[name] * given.share))
-            rows.setdefault(name, []).append(row(judge, made, BUDGETS, 10 + seed))
-            if made.kind == "consistency":
-                renoised = row(judge, made, BUDGETS[1:], 10 + seed, solver=fl.solvers.Jump(renoise=1.0))
-                rows.setdefault(f"{name}, renoised", []).append(renoised)
-        print(table({name: cells for name, cells in rows.items() if name.startswith(given.methods.split(",")[0])}))
+            rows.setdefault(name, []).append(
+                [
+                    cell
+                    for steps in BUDGETS
+                    for cell in row(judge, of_steps(made, given.out / f"{name}-{seed}", steps), (steps,), 10 + seed)
+                ]
+            )
+        print(name, [f"{cell['to_teacher']:.3f}" for cells in rows[name] for cell in cells], flush=True)
     text = table(rows)
     print(text)
     print(f"floors: real {judge.floor:.3f}, teacher {judge.teacher_floor:.3f}")
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "table.md").write_text(text)
-    for name, seeds in rows.items():
-        for cell in seeds[0]:
-            picture = sheets.sheet(cell["samples"], columns=10, normalisation=base.normalisation)
-            named = name.replace(", ", "-")
-            sheets.save(picture, given.out / "sheets" / f"{named}-{cell['steps']}.png", {"method": name})
+    # The same twelve noises in a row each: what one step makes of them, and what they should become.
+    shown = {"teacher, 32 steps": rows["teacher, Euler"][0][-1], "teacher, 1 step": rows["teacher, Euler"][0][0]}
+    shown |= {f"{name}, 1 step": rows[name][0][0] for name in given.methods.split(",")}
+    picture = sheets.sheet(
+        torch.cat([cell["samples"][:12] for cell in shown.values()]), columns=12, labels=list(shown),
+        normalisation=base.normalisation,
+    )  # fmt: skip
+    sheets.save(picture, given.out / "one_step.png", {"run": given.run, "seed": 10})
     plain = {
         name: [[{k: v for k, v in cell.items() if k != "samples"} for cell in cells] for cells in seeds]
         for name, seeds in rows.items()

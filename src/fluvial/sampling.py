@@ -66,7 +66,7 @@ class Trajectory:
 
 def nfe(model: Model, solver: str | Solver, steps: Steps | None = None, times: Any = None) -> int:
     """Network evaluations per sample that `sample` would make with these arguments."""
-    solver = _suited(solvers.named(solver), model)
+    solver = suited(solvers.named(solver), model)
     return sum(len(step.stages) for step in plan(model, solver, _nodes(model, solver, times, steps)))
 
 
@@ -131,7 +131,7 @@ def sample(
     if model.jumps and nfe is None:
         solver, steps = solver or "jump", 1 if steps is None and times is None else steps
     solver, steps, times = _chosen(solver, steps, times, nfe)
-    solver = _suited(solver, model)
+    solver = suited(solver, model)
     model = inputs.guided(model, guidance)
     if solver.stochastic and not model.independent:
         raise DependenceError(
@@ -176,7 +176,8 @@ def _chosen(solver: str | Solver | None, steps: Steps | None, times: Any, nfe: i
     return chosen, nfe, grid if times is None else times
 
 
-def _suited(solver: Solver, model: Model) -> Solver:
+def suited(solver: Solver, model: Model) -> Solver:
+    """The solver with what it chooses by itself for this model."""
     return solver.suited(model) if isinstance(solver, solvers.Jump) else solver
 
 

@@ -38,8 +38,8 @@ _SHEETS = 250
 @app.command()
 def distill(
     run: Annotated[Path, typer.Argument(help="The teacher: a run folder, in any notation.")],
-    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")],
     out: Annotated[Path, typer.Option(help="The run folder to write; an existing one is resumed.")],
+    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "consistency",
     data: Annotated[str | None, typer.Option(help="Default: what the run was trained on.")] = None,
     pairs: Annotated[Path | None, typer.Option(help="Pairs of the run, in place of data.")] = None,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 5000,

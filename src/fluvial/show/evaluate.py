@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluvial import measure, paths, solvers, training
+from fluvial import measure, paths, sampling, solvers, training
 from fluvial.errors import OptionError, ShapeError
 from fluvial.grids import Split
 from fluvial.measure import Floor
 from fluvial.model import Model
 from fluvial.show.evaluate_real import MEASURES, Real
-from fluvial.show.settings import Drawn, Setting, Start, draw, suited
+from fluvial.show.settings import Drawn, Setting, Start, draw
 from fluvial.solvers import Solver
 from fluvial.training import Source
 
@@ -315,7 +315,7 @@ def _asked(model: Model, n: int, label: int | None) -> Tensor | None:
 
 def _solver(model: Model, solver: str | Solver | None) -> Solver:
     chosen = solvers.named(solver or ("jump" if model.jumps else "euler"))
-    return suited(chosen, model)
+    return sampling.suited(chosen, model)
 
 
 def _setting(model: Model, solver: Solver, steps: Steps, grid: Any, guidance: float | None) -> Setting:

@@ -16,7 +16,7 @@ from fluvial.errors import OptionError, one_of
 from fluvial.guidance import CFG
 from fluvial.model import Model, convert
 from fluvial.paths import Path
-from fluvial.solvers import Dopri5, Jump, Solver
+from fluvial.solvers import Dopri5, Solver
 
 Axes = dict[str, dict[str, Any]]
 
@@ -49,7 +49,7 @@ class Setting:
             OptionError: for a budget that is too small, and times that cannot be used.
         """
         view = self.view(model)
-        solver = suited(self.solver, view)
+        solver = sampling.suited(self.solver, view)
         if self.nfe is None:
             default = 1 if isinstance(solver, Dopri5) else sampling.DEFAULT_STEPS
             nodes = view.times(self.times, self.steps, default)
@@ -110,11 +110,6 @@ def draw(model: Model, setting: Setting, start: Start, first: int = 0, progress:
         progress=progress,
     )
     return Drawn(x, calls[-1], time.perf_counter() - began)
-
-
-def suited(solver: Solver, model: Model) -> Solver:
-    """The solver with what it chooses for the model, so that it can be written down."""
-    return solver.suited(model) if isinstance(solver, Jump) else solver
 
 
 # As typed.
