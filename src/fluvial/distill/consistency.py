@@ -19,33 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluvial import grids, random, solvers
-from fluvial.distill.core import Asked, Distillation, mixed
+from fluvial import grids, solvers
+from fluvial.distill.core import Asked, Distillation, mixed, uniform
 from fluvial.distill.teacher_steps import TeacherSteps
-from fluvial.errors import OptionError, one_of
+from fluvial.errors import OptionError
 from fluvial.flow_maps import FlowMap
 from fluvial.model import Model
 from fluvial.objectives import Given
 from fluvial.paths import Rectified
 
-TARGETS = ("average", "own")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Consistency(Distillation):
-    """What consistency models share: the student at t against the target student at `after(t)`.
-
-    Args:
-        judge: whose answer at s is the target: "own", the student's; "average", that of its averaged weights.
-    """
+    """What consistency models share: the student at t against its judge at `after(t)`."""
 
     target: str = "data"
-    judge: str = "own"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.judge not in TARGETS:
-            raise one_of("judge", self.judge, TARGETS)
 
     def after(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
         """The time s (B,) after each t (B,), float64, and the weight (B,) of the pair; None is 1."""
@@ -58,11 +46,8 @@ class Consistency(Distillation):
     def ask(self, own: FlowMap, given: Given) -> Asked:
         x = mixed(given)
         s, weight = self.after(given.t)
-        judge = (self.average or own) if self.judge == "average" else own
-        return Asked(x, given.t, None, judge.on_the_way(self.moved(given, x, s), s, **given.cond).data, weight)
-
-    def described(self) -> dict[str, Any]:
-        return {**super().described(), "judge": self.judge}
+        target = self.judge_of(own).on_the_way(self.moved(given, x, s), s, **given.cond).data
+        return Asked(x, given.t, None, target, weight)
 
 
 def require_levels(first: int, last: int, over: int) -> None:
@@ -99,7 +84,7 @@ class OnLevels(Consistency):
         return _levels(tuple(float(t) for t in self.grid) if listed else self.grid, self.count())
 
     def draw_times(self, model: Model, index: Tensor, seed: int) -> Tensor:
-        u = random.uniform(index, (1,), seed, 0, random.TIME, torch.float64, index.device)[:, 0]
+        u = uniform(index, seed)
         return self.levels.to(index.device)[(u * self.count()).long()]
 
     def place(self, t: Tensor) -> Tensor:

@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from fluvial import predictions, random
-from fluvial.errors import OptionError
+from fluvial.errors import OptionError, one_of
 from fluvial.flow_maps import FlowMap
 from fluvial.model import Model
 from fluvial.objectives import Given, Objective, mean_square
 from fluvial.predictions import spread
 from fluvial.training import model_hash
+
+JUDGES = ("own", "average")
 
 # Numbers of what is drawn for a sample beside its time, which is number 0.
 END, CHOICE, LEVEL, SCALE = 1, 2, 3, 4
@@ -56,6 +58,8 @@ class Distillation(Objective):
         teacher: the model whose ODE is followed, on the method's path and under its guidance; None: the data's own,
             the straight line from the noise to the data.
         scales: (low, high): the teacher's guidance scale is drawn anew for each sample, and told to the student.
+        judge: whose answers are the targets, where a student's are: "own", its present ones; "average", those of its
+            averaged weights.
         target, times, weight, coupling, distance: as for `Objective`.
         own, average, step: see `Objective.at`; without them, the model that is asked and the first step.
     """
@@ -65,12 +69,15 @@ class Distillation(Objective):
     blur: ClassVar[float] = 0.0  # of the student's times, where its derivative in time is asked for
     teacher: Model | None = field(default=None, repr=False)
     scales: tuple[float, float] | None = None
+    judge: str = "own"
     own: FlowMap | None = field(default=None, repr=False, compare=False)
     average: FlowMap | None = field(default=None, repr=False, compare=False)
     step: int = field(default=0, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.judge not in JUDGES:
+            raise one_of("judge", self.judge, JUDGES)
         if self.target != "data" and (self.distance == "lpips" or hasattr(self.distance, "between")):
             raise OptionError(f"distance is {self.distance!r}, of images; expected another for a {self.target}")
 
@@ -99,14 +106,18 @@ class Distillation(Objective):
             "teacher": None if teacher is None else model_hash(teacher),
             "guidance": guidance,
             "scales": self.scales,
+            "judge": self.judge,
         }
 
     # What methods are made of
 
     def draw(self, given: Given, number: int) -> Tensor:
         """Uniform numbers (B,), float64, of these samples; `number` says what for."""
-        device = given.index.device
-        return random.uniform(given.index, (1,), given.seed, number, random.TIME, torch.float64, device)[:, 0]
+        return uniform(given.index, given.seed, number)
+
+    def judge_of(self, own: FlowMap) -> FlowMap:
+        """Whose answers are targets: `own`, or the averaged weights where these were asked for and are known."""
+        return (self.average or own) if self.judge == "average" else own
 
     def velocity(self, given: Given, x: Tensor) -> Tensor:
         """dx/dt (B, …) on the rectified path, at the states x of the samples: the teacher's, or data - noise."""
@@ -157,6 +168,11 @@ class Distillation(Objective):
         low, high = self.scales
         scale = (low + (high - low) * self.draw(given, SCALE)).to(given.data.dtype)
         return given._replace(cond={**given.cond, "guidance": scale})
+
+
+def uniform(index: Tensor, seed: int, number: int = 0) -> Tensor:
+    """Uniform numbers (B,), float64, of the samples with these numbers; those of number 0 make their times."""
+    return random.uniform(index, (1,), seed, number, random.TIME, torch.float64, index.device)[:, 0]
 
 
 def mixed(given: Given, t: Tensor | None = None) -> Tensor:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluvial import random
 from fluvial.distill.consistency import OnLevels, require_levels
+from fluvial.distill.core import uniform
 from fluvial.model import Model
 
 
@@ -46,7 +46,7 @@ class ImprovedConsistencyTraining(OnLevels):
         return min(self.first * 2 ** (self.step // every), self.last)
 
     def draw_times(self, model: Model, index: Tensor, seed: int) -> Tensor:
-        u = random.uniform(index, (1,), seed, 0, random.TIME, torch.float64, index.device)[:, 0]
+        u = uniform(index, seed)
         z = (self._sigmas()[:-1].log() - self.mean) / self.std
         below = torch.special.ndtr(z)  # falls from the first level to the last
         share = (below[:1] - below) / (below[0] - below[-1])

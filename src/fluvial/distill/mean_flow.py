@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fluvial import grids, random
-from fluvial.distill.core import CHOICE, END, Asked, Distillation, mixed
+from fluvial import grids
+from fluvial.distill.core import CHOICE, END, Asked, Distillation, mixed, uniform
 from fluvial.distill.derivatives import along
 from fluvial.errors import OptionError
 from fluvial.flow_maps import FlowMap
@@ -72,10 +72,7 @@ class MeanFlow(Distillation):
 
     def draw_times(self, model: Model, index: Tensor, seed: int) -> Tensor:
         density = grids.density(self.times)
-        draws = (
-            random.uniform(index, (1,), seed, number, random.TIME, torch.float64, index.device)[:, 0]
-            for number in (0, END, CHOICE)
-        )
+        draws = (uniform(index, seed, number) for number in (0, END, CHOICE))
         first, second, choice = draws
         t, other = density.quantile(first, model.path), density.quantile(second, model.path)
         return torch.where(choice < self.share, torch.minimum(t, other), t)

@@ -16,8 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fluvial import random
-from fluvial.distill.core import Asked, Distillation, mixed
+from fluvial.distill.core import Asked, Distillation, mixed, uniform
 from fluvial.errors import OptionError
 from fluvial.flow_maps import FlowMap
 from fluvial.model import Model
@@ -45,7 +44,7 @@ class Halving(Distillation):
             raise OptionError(f"steps is {self.steps}; expected a whole number, 1 or more")
 
     def draw_times(self, model: Model, index: Tensor, seed: int) -> Tensor:
-        u = random.uniform(index, (1,), seed, 0, random.TIME, torch.float64, index.device)[:, 0]
+        u = uniform(index, seed)
         return (u * self.steps).floor() / self.steps
 
     def ask(self, own: FlowMap, given: Given) -> Asked:

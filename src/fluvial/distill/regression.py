@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluvial import random
-from fluvial.distill.core import Asked, Distillation
+from fluvial.distill.core import Asked, Distillation, uniform
 from fluvial.errors import OptionError, ShapeError
 from fluvial.flow_maps import FlowMap
 from fluvial.model import Model
@@ -52,7 +51,7 @@ class Regression(Distillation):
         return (1.0 + (u - self.first) / (1.0 - self.first) * others).floor().clamp(min=0.0).long()
 
     def draw_times(self, model: Model, index: Tensor, seed: int) -> Tensor:
-        u = random.uniform(index, (1,), seed, 0, random.TIME, torch.float64, index.device)[:, 0]
+        u = uniform(index, seed)
         return torch.tensor(self.starts, dtype=torch.float64, device=index.device)[self._place(u)]
 
     def ask(self, own: FlowMap, given: Given) -> Asked:

@@ -16,10 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fluvial import random
-from fluvial.distill.consistency import TARGETS
-from fluvial.distill.core import CHOICE, LEVEL, Asked, Distillation, mixed
-from fluvial.errors import OptionError, one_of
+from fluvial.distill.core import CHOICE, LEVEL, Asked, Distillation, mixed, uniform
+from fluvial.errors import OptionError
 from fluvial.flow_maps import FlowMap
 from fluvial.model import Model
 from fluvial.objectives import Given
@@ -33,7 +31,6 @@ class Shortcut(Distillation):
     Args:
         steps: the most that the student is to be sampled with, a power of 2: the shortest step is 1/steps.
         share: of the samples that learn from two steps.
-        judge: whose steps these are: "average", those of the averaged weights; "own", the student's.
     """
 
     kind: ClassVar[str] = "average"
@@ -48,8 +45,6 @@ class Shortcut(Distillation):
             raise OptionError(f"steps is {self.steps}; expected a power of 2, such as 128")
         if not 0.0 < self.share < 1.0:
             raise OptionError(f"share is {self.share}; expected a part of the samples, between 0 and 1")
-        if self.judge not in TARGETS:
-            raise one_of("judge", self.judge, TARGETS)
 
     def _length(self, choice: Tensor, level: Tensor) -> Tensor:
         """2d (B,) from uniform numbers: 1, 1/2, … 2/steps; 0 for those that learn the velocity."""
@@ -57,10 +52,7 @@ class Shortcut(Distillation):
         return torch.where(choice < self.share, 2.0 ** -(level * levels).floor(), 0.0)
 
     def draw_times(self, model: Model, index: Tensor, seed: int) -> Tensor:
-        u, choice, level = (
-            random.uniform(index, (1,), seed, number, random.TIME, torch.float64, index.device)[:, 0]
-            for number in (0, CHOICE, LEVEL)
-        )
+        u, choice, level = (uniform(index, seed, number) for number in (0, CHOICE, LEVEL))
         length = self._length(choice, level)
         return torch.where(length > 0, (u / length).floor() * length, u)
 
@@ -70,9 +62,8 @@ class Shortcut(Distillation):
         target = self.velocity(given, x)
         rows = (length > 0).nonzero()[:, 0]
         if len(rows):
-            judge = (self.average or own) if self.judge == "average" else own
             cond = {name: value[rows] for name, value in given.cond.items()}
-            target[rows] = self._two_steps(judge, x[rows], t[rows], length[rows] / 2, cond)
+            target[rows] = self._two_steps(self.judge_of(own), x[rows], t[rows], length[rows] / 2, cond)
         return Asked(x, t, t + length, target, arrival=length)
 
     def _two_steps(self, judge: FlowMap, x: Tensor, t: Tensor, half: Tensor, cond: dict[str, Tensor]) -> Tensor:
@@ -84,4 +75,4 @@ class Shortcut(Distillation):
         return (first + second) / 2
 
     def described(self) -> dict[str, Any]:
-        return {**super().described(), "steps_at_most": self.steps, "share": self.share, "judge": self.judge}
+        return {**super().described(), "steps_at_most": self.steps, "share": self.share}
