@@ -5,8 +5,8 @@
 
 PYTHON ?= python3
 TORCH_INDEX ?=
-# Two cores are what the tests are timed for; more threads than that gain nothing on tensors this small.
-THREADS ?= 2
+# Two cores are what the tests are timed for: a process each, with one thread, as tensors this small gain nothing from more.
+WORKERS ?= 2
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
@@ -28,10 +28,10 @@ quickstart: .venv/.base
 	$(BIN)/fluvial quickstart
 
 test: .venv/.dev
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-all: .venv/.dev
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
