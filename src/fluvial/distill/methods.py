@@ -125,14 +125,17 @@ def mean_flow(
     share: float = 0.75,
     times: Any = "uniform",
     distance: Any = None,
+    lr: float = 2e-4,
     **rest: Any,
 ) -> FlowMap:
     """MeanFlow, along the model's velocity (or the data's, with taught=False): see `MeanFlow`.
 
-    The source's share of 0.25, and its times, are for a network that must learn the velocity too: this one knows it.
+    The source's share of 0.25, its times and its distance are for a network that must learn the velocity too. This one
+    knows it, and where a teacher's velocity leaves no error the source's distance would look nowhere else: it is kept
+    for the data's own (`Adaptive`).
     """
-    options = {"share": share, "times": times, "distance": distance or Adaptive()}
-    return _flow_map(model, source, MeanFlow, steps, options, taught=taught, **rest)
+    options = {"share": share, "times": times, "distance": distance or ("mse" if taught else Adaptive())}
+    return _flow_map(model, source, MeanFlow, steps, options, taught=taught, lr=lr, **rest)
 
 
 def shortcut(
