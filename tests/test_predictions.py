@@ -10,7 +10,7 @@ import torch
 from fluvial import predictions
 from fluvial.errors import OptionError, PathTimeError
 from fluvial.model import Model
-from fluvial.predictions import Score, solve
+from fluvial.predictions import Flow, Score, solve
 from problems import (
     MIXTURES,
     PATHS,
@@ -260,6 +260,40 @@ def test_score_on_the_rectified_path_in_its_own_terms():
     assert_equal_to(est.score, (0.3 * est.velocity - x) / 0.7, 1e-12)
 
 
+# The velocity towards the noise
+
+
+@all_paths
+def test_flow_is_the_velocity_towards_the_noise(name):
+    """Given the flow of a pair, everything else comes back; and asked for, it is minus the velocity, ends included."""
+    path, gm = PATHS[name], mixture()
+    for t in (0.0, *INSIDE, 1.0):
+        c = path(t)
+        velocity = (c.dalpha, c.dsigma)
+        if not all(map(math.isfinite, velocity)):
+            continue
+        data, noise = normal(5, 3, seed=1), normal(5, 3, seed=2)
+        x, flow = mixed(c.alpha, c.sigma, data, noise), -mixed(*velocity, data, noise)
+        assert_equal_to(model_giving(flow, path, "flow")(x, t).velocity, -flow, 1e-11)
+        assert_equal_to(model_giving(-flow, path, "velocity")(x, t).predict(Flow()), flow, 1e-11)
+    times = torch.tensor(INSIDE, dtype=torch.float64)
+    x = state(gm, path, times, len(times))
+    exact = gm.model(path)(x, times)
+    for wanted in PREDICTIONS:
+        est = model_giving(exact.predict(Flow()), path, "flow")(x, times)
+        assert_equal_to(est.predict(PREDICTIONS[wanted]), exact.predict(PREDICTIONS[wanted]))
+
+
+def test_flow_in_the_terms_of_a_rectified_network():
+    """noise - data, from which x - sigma out is the data and x + (1 - sigma) out the noise (Esser et al. 2024)."""
+    data, noise, level = normal(4, 2), normal(4, 2, seed=1), 0.7
+    x = (1 - level) * data + level * noise
+    est = model_giving(noise - data, PATHS["rectified"], "flow")(x, 1 - level)
+    assert_equal_to(est.data, data, 1e-14)
+    assert_equal_to(est.noise, noise, 1e-14)
+    assert predictions.from_config(Flow().config()) == predictions.named("flow") == Flow()
+
+
 # Names
 
 
@@ -281,7 +315,7 @@ def test_predictions_by_name_and_from_json():
     ],
 )
 def test_unknown_prediction_lists_the_known_ones(make):
-    with pytest.raises(OptionError, match="data, edm, noise, score, v, velocity") as caught:
+    with pytest.raises(OptionError, match="data, edm, flow, noise, score, v, velocity") as caught:
         make()
     one_line(caught.value)
 

@@ -25,6 +25,13 @@ _NAMES = {
     "Run": "training",
     "load": "training",
     "save": "training",
+    "from_callable": "interop",
+    "from_diffusers": "interop",
+    "to_diffusers": "interop",
+    "as_denoiser": "interop",
+    "as_velocity": "interop",
+    "check_convention": "interop",
+    "certify": "interop",
     "FluvialError": "errors",
 }
 _MODULES = (
@@ -37,6 +44,7 @@ _MODULES = (
     "flow_maps",
     "grids",
     "guidance",
+    "interop",
     "likelihood",
     "mcmc",
     "measure",

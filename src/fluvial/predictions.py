@@ -13,6 +13,7 @@ so the two equations together determine the pair (data, noise), and the pair det
 | data         | 1            | 0               |
 | noise        | 0            | 1               |
 | velocity     | alpha'       | sigma'          |
+| flow         | -alpha'      | -sigma'         |
 | v (Salimans) | -sigma       | alpha           |
 | score        | 0            | -1/sigma        |
 | EDM's F      | sigma/(sd n) | -alpha sd/n     |    n² = sigma² + alpha² sd², sd the data's standard deviation
@@ -89,6 +90,21 @@ class Velocity(Prediction):
 
 
 @dataclass(frozen=True)
+class Flow(Prediction):
+    """The velocity towards the noise: -(alpha' data + sigma' noise), noise - data on the rectified path.
+
+    What SD3, FLUX and most released flow networks put out, as their time counts the noise: d x / d(1 - t).
+
+    Source: Esser et al.: Scaling rectified flow transformers (2024), https://arxiv.org/abs/2403.03206
+    """
+
+    name = "flow"
+
+    def weights(self, c: Coefficients) -> tuple[Any, Any]:
+        return -c.dalpha, -c.dsigma
+
+
+@dataclass(frozen=True)
 class V(Prediction):
     """v = alpha noise - sigma data.
 
@@ -151,11 +167,11 @@ class EDM(Prediction):
         return 1.0 / self._norm(c)
 
 
-_NAMED: dict[str, type[Prediction]] = {cls.name: cls for cls in (Data, Noise, Velocity, V, Score, EDM)}
+_NAMED: dict[str, type[Prediction]] = {cls.name: cls for cls in (Data, Noise, Velocity, Flow, V, Score, EDM)}
 
 
 def named(prediction: str | Prediction) -> Prediction:
-    """A prediction by name ("data", "noise", "velocity", "v", "score", "edm"); an object as it is."""
+    """A prediction by name ("data", "noise", "velocity", "flow", "v", "score", "edm"); an object as it is."""
     if isinstance(prediction, Prediction):
         return prediction
     if prediction not in _NAMED:

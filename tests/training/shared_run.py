@@ -12,7 +12,6 @@ from fluvial.objectives import Objective
 from fluvial.training.checkpoints import load
 from fluvial.training.trainer import is_main_process, model_for, train
 
-
 STUDENTS = {"consistency": distill.consistency, "mean-flow": distill.mean_flow, "shortcut": distill.shortcut}
 
 
