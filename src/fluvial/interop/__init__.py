@@ -1,8 +1,8 @@
 """Models of elsewhere in, models for elsewhere out, and what to trust.
 
 In: `from_callable`, any network under a named convention of the field; `from_diffusers`. Out: `as_denoiser`,
-`as_velocity`, `to_diffusers`, and `diffusers.FluvialScheduler`. Trust: `check_convention` finds on real data which convention a network follows; `certify` measures whether a model keeps the
-one that it states.
+`as_velocity`, `to_diffusers`, and `diffusers.FluvialScheduler`. Trust: `check_convention` finds on real data which
+convention a network follows; `certify` measures whether a model keeps the one that it states.
 """
 
 from fluvial.interop import diffusers
