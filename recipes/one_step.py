@@ -41,8 +41,10 @@ TEACHER = (1, 2, 4, 8, 32)
 
 def student(base: Any, source: Any, name: str, seed: int, out: Path, steps: int) -> Any:
     """A finished student, or a new one."""
-    if (out / f"{name}-{seed}").is_dir() and RunFolder(out / f"{name}-{seed}").step() == steps:
-        return fl.load(out / f"{name}-{seed}")
+    folder = RunFolder(out / f"{name}-{seed}")
+    config = folder.config()
+    if config is not None and folder.step() == config["training"]["steps"]:
+        return fl.load(folder.path)
     if name == "pairs":
         times = [0.25, 0.5, 0.75]
         teacher = fl.convert(base, path="rectified")

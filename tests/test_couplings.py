@@ -92,7 +92,7 @@ class Reversed:
         return index, index.flip(0)
 
 
-@pytest.mark.parametrize("coupling", ["ot", Reversed()], ids=str)
+@pytest.mark.parametrize("coupling", ["ot", Reversed()], ids=["ot", "reversed"])
 def test_labels_follow_the_data(coupling):
     """The network sees, at each state, the label of the very data point mixed into it."""
     data, noise = normal(12, 2), normal(12, 2, seed=1)

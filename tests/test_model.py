@@ -227,7 +227,9 @@ def test_assume_independent():
 
 
 @pytest.mark.parametrize(
-    "solver", ["euler_maruyama", "langevin", fl.solvers.DDIM(eta=0.5), fl.solvers.Langevin(lambda t: 1.0)], ids=str
+    "solver",
+    ["euler_maruyama", "langevin", fl.solvers.DDIM(eta=0.5), fl.solvers.Langevin(lambda t: 1.0)],
+    ids=["euler_maruyama", "langevin", "ddim", "langevin of t"],
 )
 def test_sde_solvers_refuse_before_the_first_call(solver):
     network = Counter(lambda x, t: x)
