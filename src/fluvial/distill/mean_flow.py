@@ -3,7 +3,7 @@
     u = v + (r - t) du/dt,    du/dt = v du/dx + du/dt along the trajectory, r fixed;    X(x, t -> r) = x + (r - t) u
 
 follows from X being the same wherever on a trajectory it starts. v is data - noise, or the teacher's velocity. At r = t
-it is the loss of a flow, which is what most samples have.
+it is the loss of a flow, which a part of the samples keep.
 
 Source: Geng, Deng, Bai, Kolter, He: Mean flows for one-step generative modeling (2025),
 https://arxiv.org/abs/2505.13447, algorithm 1 (whose time runs from data to noise)
