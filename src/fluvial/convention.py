@@ -7,6 +7,7 @@ the weights are worth nothing, so they are one object, saved beside them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fluvial import paths, predictions
-from fluvial.errors import OptionError
+from fluvial.errors import OptionError, one_of
 from fluvial.grids import Fitted, Segments
 from fluvial.paths import Path
 from fluvial.predictions import Prediction
@@ -70,6 +71,56 @@ class Clock:
         """scale * (1 - t): the clock of SD3, FLUX and diffusers' flow-matching schedulers."""
         return cls(scale=-scale, offset=scale)
 
+    def config(self) -> dict[str, Any]:
+        """A JSON-able description."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SigmaClock:
+    """The noise level as the network's time: sigma(t)/alpha(t) in some unit, or its logarithm.
+
+        level / unit,    or where log is not 0    log * ln(level / unit),    level = sigma/alpha
+
+    Args:
+        path: the path that the level is read from.
+        log: 0 for the level itself; another number for that multiple of its logarithm: 1/4 for EDM's inner network.
+        unit: the level that counts as 1: 2 for the log(sigma/2) of EDM's VE networks.
+
+    Raises:
+        OptionError: for a unit that is not above 0.
+    """
+
+    path: Path
+    log: float = 0.0
+    unit: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.unit > 0:
+            raise OptionError(f"unit is {self.unit}; expected the noise level that counts as 1, above 0")
+
+    def __call__(self, t: Any) -> Any:
+        c = self.path(t)
+        level = c.sigma / c.alpha / self.unit
+        if not self.log:
+            return level
+        return self.log * (level.log() if isinstance(level, Tensor) else math.log(level))
+
+    def config(self) -> dict[str, Any]:
+        """A JSON-able description, told from a linear clock's by its kind."""
+        return {"kind": "sigma", "path": self.path.config(), "log": self.log, "unit": self.unit}
+
+
+def _clock(config: Mapping[str, Any] | None) -> Clock | SigmaClock | None:
+    """The clock that its `config` described. A linear one names no kind: it was the only one, once."""
+    if config is None or "kind" not in config:
+        return None if config is None else Clock(**config)
+    options = dict(config)
+    kind = options.pop("kind")
+    if kind != "sigma":
+        raise one_of("kind of clock", kind, ("sigma",))
+    return SigmaClock(**{**options, "path": paths.from_config(options["path"])})
+
 
 @dataclass(frozen=True)
 class Convention:
@@ -109,7 +160,7 @@ class Convention:
         Raises:
             OptionError: when the clock or input scaling is a function, or the null condition a tensor.
         """
-        if self.clock is not None and not isinstance(self.clock, Clock):
+        if self.clock is not None and not isinstance(self.clock, Clock | SigmaClock):
             raise OptionError(f"clock {self.clock!r} is a function and cannot be saved; expected a fl.model.Clock")
         if self.scale_input is not None:
             raise OptionError("scale_input is a function and cannot be saved; expected a prediction that fixes it")
@@ -119,7 +170,7 @@ class Convention:
         return {
             "path": self.path.config(),
             "prediction": self.prediction.config(),
-            "clock": None if self.clock is None else asdict(self.clock),
+            "clock": None if self.clock is None else self.clock.config(),
             "null": None if self.null is None else dict(self.null),
             "independent": self.independent,
             "normalisation": asdict(self.normalisation),
@@ -138,7 +189,7 @@ class Convention:
         return cls(
             path=paths.from_config(config["path"]),
             prediction=predictions.from_config(config["prediction"]),
-            clock=None if config["clock"] is None else Clock(**config["clock"]),
+            clock=_clock(config["clock"]),
             null=config["null"],
             independent=config["independent"],
             normalisation=Normalisation(**normalisation),

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import time
 
 import diffusers_pipelines as tiny
 import pytest
@@ -67,6 +68,16 @@ def test_damaged_and_hostile_folders_give_one_error_and_run_nothing(tmp_path):
         (folder / weights).unlink()
         (folder / "unet/diffusion_pytorch_model.bin").write_bytes(evil)
 
+    def sharded(folder, name):
+        pickled(folder)
+        names = dict.fromkeys(load_file(good / weights), name)
+        (folder / f"{weights}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+    def checkpoint_alone(folder):
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / "sd.ckpt").write_bytes(evil)
+
     def one_less(folder):
         tensors = load_file(folder / weights)
         tensors.pop("conv_in.weight")
@@ -86,14 +97,34 @@ def test_damaged_and_hostile_folders_give_one_error_and_run_nothing(tmp_path):
         "too many": lambda f: altered(f / scheduler, num_train_timesteps=10**12),
         "no beta": lambda f: altered(f / scheduler, beta_start="x"),
         "no scheduler": lambda f: (f / scheduler).unlink(),
+        "very wide": lambda f: altered(f / "unet/config.json", block_out_channels=[10**6, 10**6]),
+        "wider than numbers are": lambda f: altered(f / "unet/config.json", block_out_channels=[2**60, 2**60]),
+        "without end": lambda f: altered(f / "unet/config.json", layers_per_block=10**12),
+        "a nest": lambda f: (f / index).write_text("[" * 100_000),
+        "shards elsewhere": lambda f: sharded(f, "../../good/unet/diffusion_pytorch_model.safetensors"),
+        "an absolute shard": lambda f: sharded(f, str(good / weights)),
+        "shards in a pickle": lambda f: sharded(f, "diffusion_pytorch_model.bin"),
+        "no shard": lambda f: sharded(f, "diffusion_pytorch_model-00001-of-00002.safetensors"),
+        "shards in a list": lambda f: sharded(f, ["diffusion_pytorch_model.safetensors"]),
+        "no weights": lambda f: (f / weights).unlink(),
+        "one precision alone": lambda f: (f / weights).rename(f / weights.replace(".s", ".fp16.s")),
+        "a checkpoint alone": checkpoint_alone,
     }
+    said: dict[str, str] = {}
     for name, damage in cases.items():
         folder = shutil.copytree(good, tmp_path / name)
         damage(folder)
+        begun = time.perf_counter()
         with pytest.raises((OptionError, RunError)) as raised:
             fd.from_diffusers(folder)
-        assert "\n" not in str(raised.value), name
+        said[name] = str(raised.value)
+        assert "\n" not in said[name], name
+        assert time.perf_counter() - begun < 5, name
     assert not mark.exists()
+    assert all("a pickle, which can run code" in said[name] for name in ("pickle", "a checkpoint alone"))
+    assert all("names other files than safetensors beside it" in said[n] for n in said if n.startswith("shards "))
+    assert "has diffusion_pytorch_model.fp16.safetensors alone" in said["one precision alone"]
+    assert "numbers" in said["very wide"]
 
 
 def test_what_is_not_known_is_refused_by_name(tmp_path):

@@ -8,7 +8,7 @@ import sys
 import diffusers_pipelines as tiny
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import CMStochasticIterativeScheduler, DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 import fluvial as fl
 from fluvial import networks
@@ -137,11 +137,56 @@ def test_a_straightened_table_goes_out_and_comes_back(tmp_path):
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4 * float(ours.abs().max()))
 
 
+STUDENTS = [
+    ("consistency", "trained", 1),
+    ("consistency", "towards the data", 3),
+    ("consistency", "flow", 2),
+    ("consistency", "vp", 1),
+    ("consistency", "vp", 4),
+    ("consistency", "cosine", 5),
+    ("consistency", "table", 4),
+    ("euler", "trained", 1),
+    ("euler", "towards the data", 4),
+    ("euler", "vp", 1),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "steps"), STUDENTS)
+def test_a_flow_map_goes_out_for_its_steps(kind, name, steps, tmp_path):
+    student = FlowMap(Model(network(), *MODELS[name]), kind)
+    folder = fd.to_diffusers(student, tmp_path / "out", steps=steps)
+    pipe, back = DiffusionPipeline.from_pretrained(folder), fd.from_diffusers(folder)
+    times = [student.path.time(back.path.log_snr(t)) for t in fd.sampling_times(pipe.scheduler, steps)[:-1]]
+    if isinstance(student.path, fl.paths.Rectified):
+        assert times == pytest.approx([k / steps for k in range(steps)], abs=1e-7)
+        times = [k / steps for k in range(steps)]
+    noise = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    x = fl.sample(student, state=noise, solver=fl.solvers.named("jump", renoise=0.0), times=[*times, 1.0])
+    torch.testing.assert_close(images(pipe, steps), (x / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-4)
+    solver = "euler" if isinstance(student.path, fl.paths.Rectified) else "ddim"
+    again = fl.sample(back, state=noise, solver=solver, times=fd.sampling_times(pipe.scheduler, steps))
+    torch.testing.assert_close(again, x, rtol=0, atol=1e-4 * max(1.0, float(x.abs().max())))
+
+
+def test_a_consistency_model_goes_back_to_its_own_scheduler(tmp_path):
+    settings = {"sigma_min": 0.01, "sigma_max": 40.0, "sigma_data": 0.6, "rho": 6.0}
+    student = fd.from_diffusers(network().unet, CMStochasticIterativeScheduler(**settings))
+    pipe = DiffusionPipeline.from_pretrained(fd.to_diffusers(student, tmp_path / "out"))
+    assert type(pipe).__name__ == "ConsistencyModelPipeline"
+    noise = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    x = fl.sample(student, noise, steps=1)
+    torch.testing.assert_close(images(pipe, 1), (x / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-4)
+    for other, steps in ((student.inner, None), (student.under(path=fl.paths.EDM()), None), (student, 2)):
+        with pytest.raises(OptionError, match=r"boundary|own scheduler"):
+            fd.to_diffusers(other, tmp_path / "no", steps=steps)
+
+
 def test_what_cannot_go_out_is_refused_by_name(tmp_path):
     net, rectified = network(), fl.paths.Rectified()
     trained = Model(net, *MODELS["trained"])
     for model, message in (
-        (FlowMap(trained), "flow map"),
+        (FlowMap(trained, "average"), "told the time to lead to"),
+        (FlowMap(trained, "euler"), "expected steps="),
         (Model(lambda x, t: x, rectified), "the network is a function"),
         (Model(networks.mlp(2), rectified), "the network is a MLP"),
         (Model(networks.told(net, ["r"]), *MODELS["trained"]), "is told r"),
@@ -160,6 +205,16 @@ def test_what_cannot_go_out_is_refused_by_name(tmp_path):
         fd.to_diffusers(trained, tmp_path / "out", label=1)
     with pytest.raises(OptionError, match="expected 0 to 3"):
         fd.to_diffusers(Model(network(3), *MODELS["trained"]), tmp_path / "out", label=4)
+    vp = Model(net, *MODELS["vp"])
+    for model, steps, message in (
+        (trained, 4, "is no flow map"),
+        (FlowMap(trained), 0, "steps is 0"),
+        (FlowMap(trained), 1.5, "steps is 1.5"),
+        (FlowMap(vp), 3, "a table of 1000 entries"),
+        (FlowMap(vp, "euler"), 2, "between the entries"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            fd.to_diffusers(model, tmp_path / "out", steps=steps)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
     with pytest.raises(RunError, match="not empty"):

@@ -18,6 +18,8 @@ from fluvial.model import Model
 
 console = Console()
 
+MODEL = "A run folder, a folder of a diffusers pipeline or network, or a name on the hub: owner/name[@revision]."
+
 
 def say(line: str) -> None:
     console.print(line, soft_wrap=True, highlight=False)

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from fluvial import __version__, grids, model, paths, sampling, sheets, solvers, training
+from fluvial import __version__, grids, interop, model, paths, sampling, sheets, solvers, training
 from fluvial.cli.app import app
-from fluvial.cli.common import console, labels, print_table, say
+from fluvial.cli.common import MODEL, console, labels, print_table, say
 from fluvial.errors import OptionError
 from fluvial.show import settings
 from fluvial.training import atomic
@@ -23,7 +23,7 @@ _SOLVER = sampling.DEFAULT_SOLVER
 
 @app.command()
 def sample(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Annotated[str, typer.Argument(help=MODEL)],
     more: Annotated[list[str] | None, typer.Argument(metavar="[OPTION=VALUES]", help="More for --compare.")] = None,
     n: Annotated[int, typer.Option("-n", help="How many samples.")] = 64,
     solver: Annotated[
@@ -59,7 +59,7 @@ def sample(
     data: Annotated[str | None, typer.Option(help="With --compare: real data to measure against.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="With --compare: the figures, as JSON.")] = None,
 ) -> None:
-    """Sample a run: a PNG sheet, and the numbers on request. Every file says how it was made.
+    """Sample a model: a PNG sheet, and the numbers on request. Every file says how it was made.
 
     With --compare, a grid of sheets from the same noises: --compare solver=euler,heun steps=4,8.
     """
@@ -70,7 +70,7 @@ def sample(
     if times is not None and grid is not None:
         raise OptionError(f"--times {times} and --grid {grid} are given; expected one of them")
     nodes = grid if times is None else settings.times(times)
-    loaded = training.load(run, weights=weights)
+    loaded = interop.load(run, weights=weights)
     chosen = settings.solver(solver or ("jump" if loaded.jumps else _SOLVER), options)
     setting = settings.Setting(
         chosen,
@@ -90,7 +90,7 @@ def sample(
         if value is not None and not compared:
             raise OptionError(f"{name} {value} is of no use without --compare")
     start = settings.Start(n, seed, labels(loaded, n, label), noise)
-    made: dict[str, Any] = {"fluvial": __version__, "run": str(run), "model": training.model_hash(run, weights)}
+    made: dict[str, Any] = {"fluvial": __version__, "run": run, "model": training.model_hash(loaded)}
     made |= {"weights": weights, "label": label}
     if compared:
         _compare(loaded, setting, axes, start, data, made, out or Path("compare.png"), json_file)

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
-from fluvial import paths, predictions, solvers, training
+from fluvial import interop, paths, predictions, solvers, training
 from fluvial.cli.app import app
-from fluvial.cli.common import console, interruptible, print_table, say
+from fluvial.cli.common import MODEL, console, interruptible, print_table, say
 from fluvial.errors import OptionError
+from fluvial.interop.opening import save_converted
 from fluvial.show import settings
 
 _BUDGETS = (1, 2, 4, 8, 16, 32, 64)
@@ -69,35 +71,35 @@ def train(
 
 @app.command()
 def convert(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Annotated[str, typer.Argument(help=MODEL)],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     path: Annotated[str | None, typer.Option(help="rectified, cosine, vp, subvp, ve, edm.")] = None,
     prediction: Annotated[str | None, typer.Option(help="velocity, data, noise, v, score, edm.")] = None,
 ) -> None:
-    """Write a run in another notation, around the same weights, without training."""
+    """Write a model in another notation, around the same weights, without training."""
     if path is None and prediction is None:
         raise OptionError("nothing to convert to; expected --path or --prediction (or both)")
-    if out.resolve() == run.resolve():
+    if out.resolve() == Path(run).resolve():
         raise OptionError(f"--out is the run itself ({out}); expected another folder")
     # A wrong name is known before the run is read.
     paths.named(path or "rectified")
     predictions.named(prediction or "velocity")
-    converted = training.convert_run(run, out, path, prediction)
+    converted = save_converted(run, out, path, prediction)
     console.print(f"{out}: {converted.path}, predicting {converted.prediction.name}", soft_wrap=True)
 
 
 @app.command()
 def info(
-    run: Annotated[Path | None, typer.Argument(help="A run, or a folder of pairs.")] = None,
+    run: Annotated[str | None, typer.Argument(help=f"{MODEL} Or a folder of pairs.")] = None,
     solver_facts: Annotated[bool, typer.Option("--solvers", help="The solvers, and which to take.")] = False,
 ) -> None:
-    """Say what is in a run folder (the convention in words, the network, the training) or in one of pairs."""
+    """Say what a model is (the convention in words, the network, the training), or what is in a folder of pairs."""
     if run is None and not solver_facts:
         raise OptionError("nothing to say something of; expected a run folder, or --solvers")
     if run is not None:
         table = Table(show_header=False, box=None, pad_edge=False)
-        for name, value in training.describe(run).items():
-            table.add_row(f"[bold]{name}[/bold]", str(value))
+        for name, value in interop.describe(run).items():
+            table.add_row(f"[bold]{name}[/bold]", escape(str(value)))
         console.print(table)
     if solver_facts:
         rows = [[f.name, f.kind, f.order, f.calls, f.memory or "", f.needs, f.summary] for f in solvers.table()]

@@ -103,6 +103,10 @@ class OnLevels(Consistency):
 class ConsistencyDistillation(OnLevels):
     """The student along the teacher's trajectories, between the levels of one grid (algorithm 2 of the source).
 
+    What is wrong near the data is in the target of every earlier time, so the error is weighed as that of the velocity
+    u = (D - x)/(1 - t), by 1/(1 - t)²: each time's network output counts alike. With a weight of 1 those near the data
+    hardly count, and drift (the source's lambda(t) leaves it open).
+
     Args:
         teacher: whose ODE it is; needed.
         steps: how many steps the grid has.
@@ -126,6 +130,9 @@ class ConsistencyDistillation(OnLevels):
         """The teacher's steps along the grid."""
         assert self.teacher is not None
         return TeacherSteps(self.teacher, self.solver, self.levels.tolist())
+
+    def after(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        return super().after(t)[0], (1.0 - t).pow(-2)
 
     def moved(self, given: Given, x: Tensor, s: Tensor) -> Tensor:
         return self.follow(x, self.place(given.t), given.cond)

@@ -29,29 +29,9 @@ from typing import Any
 import torch
 
 from fluvial import paths, predictions
-from fluvial.convention import Clock, Convention
+from fluvial.convention import Clock, Convention, SigmaClock
 from fluvial.errors import OptionError, one_of
 from fluvial.paths import Path
-
-
-@dataclass(frozen=True)
-class SigmaClock:
-    """The noise level itself as the network's time: sigma(t)/alpha(t), or its logarithm.
-
-    Args:
-        path: the path that the level is read from.
-        log: 0 for sigma; another number c for c log(sigma), such as 1/4 for EDM's inner network.
-    """
-
-    path: Path
-    log: float = 0.0
-
-    def __call__(self, t: Any) -> Any:
-        c = self.path(t)
-        level = c.sigma / c.alpha
-        if not self.log:
-            return level
-        return self.log * (level.log() if isinstance(level, torch.Tensor) else math.log(level))
 
 
 @dataclass(frozen=True)
@@ -291,7 +271,8 @@ def _clock_in_words(convention: Convention) -> str:
         fixed = convention.prediction.clock(convention.path(0.5)) is not None
         return "log(sigma)/4" if fixed else "t from noise 0 to data 1"
     if isinstance(clock, SigmaClock):
-        return f"{clock.log:g} log(sigma)" if clock.log else "sigma"
+        level = "sigma" if clock.unit == 1.0 else f"sigma/{clock.unit:g}"
+        return f"{clock.log:g} log({level})" if clock.log else level
     if isinstance(clock, Clock):
         return f"{clock(0.0):g} at the noise, {clock(1.0):g} at the data"
     return "a function"

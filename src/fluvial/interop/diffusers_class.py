@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from fluvial.interop.diffusers_schedule import OURS, family_of, settings_of, shift_of
+from fluvial.interop.diffusers_schedule import OURS, family_of, read_schedule, settings_of, shift_of
 from fluvial.interop.diffusers_scheduler import Driver
+from fluvial.interop.diffusers_times import spacing_kind
 
 
 @cache
@@ -60,7 +61,12 @@ def scheduler_class() -> Any:
         @classmethod
         def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
             made = cls(**_arguments(config, set(cls._get_init_keys(cls)) - {"self"}, kwargs))
+            made.register_to_config(**_kept(config, made.config))
             return (made, {}) if return_unused_kwargs else made
+
+        @classmethod
+        def _get_compatibles(cls) -> list[Any]:
+            return [cls]
 
     FluvialScheduler.__doc__ = _DOC
     # A pipeline is saved with the names by which its parts are found again.
@@ -73,7 +79,8 @@ _DOC = """Any Fluvial solver in any diffusers pipeline, diffusion or flow.
     pipe.scheduler = FluvialScheduler.from_config(pipe.scheduler.config, solver="overshoot", c=1.0)
 
 `from_config` takes the config of any scheduler in `diffusers_schedule`, and keeps what it says about the network and
-the spacing. Its sampler, clipping and thresholding are replaced. It takes the solver's own options by name too.
+the spacing. Its sampler, clipping and thresholding are replaced; their settings are carried along unread, so that
+`from_config` of diffusers' scheduler leads back. It takes the solver's own options by name too.
 
 Args:
     solver: its name; see `fl.solvers`.
@@ -83,7 +90,8 @@ Args:
     family: "table", "flow" or "edm": what the other arguments, diffusers' own, describe.
 
 Raises:
-    OptionError: for a solver, an option or a setting that is not known; a solver that chooses its own times.
+    OptionError: for a solver, an option or a setting that is not known; a solver that chooses its own times; a config
+        whose clock or spacing could not be kept.
 """
 
 
@@ -91,8 +99,16 @@ def _arguments(config: Any, known: set[str], changes: dict[str, Any]) -> dict[st
     """What to make a scheduler with, from a config and what to change in it."""
     settings = settings_of(config)
     family = family_of(settings)
-    arguments = {key: value for key, value in settings.items() if key in known and key != "family"}
+    if settings["_class_name"] != OURS:
+        # What would be read wrongly once these arguments are all that is left of it.
+        read_schedule(settings)
+        if changes.get("grid") is None:
+            spacing_kind(settings)
+    # What was left to the defaults stays so: diffusers keeps account of it.
+    silent = settings.get("_use_default_values", ()) if settings["_class_name"] == OURS else ()
+    arguments = {key: value for key, value in settings.items() if key in known}
     arguments["family"] = family
+    arguments = {key: value for key, value in arguments.items() if key not in silent}
     if settings["_class_name"] != OURS and family == "flow":
         # The static shift goes by another name where a sampler for tables is set up for a flow.
         shift = shift_of({**settings, "use_dynamic_shifting": False})
@@ -102,6 +118,15 @@ def _arguments(config: Any, known: set[str], changes: dict[str, Any]) -> dict[st
     options = {key: value for key, value in changes.items() if key not in known}
     kept = {} if "solver" in changes else settings.get("solver_options") or {}
     arguments.update((key, value) for key, value in changes.items() if key in known)
-    if options or "solver_options" not in changes:
-        arguments["solver_options"] = {**(changes.get("solver_options") or kept), **options} or None
+    given = {**(changes.get("solver_options", kept) or {}), **options}
+    if given or "solver_options" not in silent:
+        arguments["solver_options"] = given or None
     return arguments
+
+
+def _kept(config: Any, made: Any) -> dict[str, Any]:
+    """What of another scheduler's config is not this one's to read, and its mark where it was loaded from a file."""
+    settings = config if isinstance(config, Mapping) else config.config
+    kept = {key: value for key, value in settings.items() if key not in made and not key.startswith("_")}
+    marks = {"_class_name": OURS, "_diffusers_version": settings.get("_diffusers_version")}
+    return {**kept, **(marks if "_class_name" in settings else {})}

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import nn
 
 from fluvial.errors import FluvialError, OptionError, RunError
 from fluvial.flow_maps import FlowMap
 from fluvial.grids import Fitted
-from fluvial.interop.diffusers_networks import BoundaryNetwork, adapted, known_network
+from fluvial.interop import folders, hub
+from fluvial.interop.diffusers_networks import BoundaryNetwork, adapted
 from fluvial.interop.diffusers_schedule import Schedule, read_schedule, shift_of, shifted
 from fluvial.model import Model, Normalisation
+from fluvial.training import building
 
-NETWORKS = ("unet", "transformer")
 _KNOTS = 200
 
 
@@ -31,8 +35,8 @@ def from_diffusers(source: Any, scheduler: Any = None, *, mu: float | None = Non
     shifts its sampling clock, the model carries that as its grid, `times="fitted"`: the network's own clock has none.
 
     Args:
-        source: a pipeline; a network (`UNet2DModel`, `SD3Transformer2DModel`, …), with its scheduler; or a pipeline's
-            folder or hub name, of which only safetensors files are read.
+        source: a pipeline; a network (`UNet2DModel`, `SD3Transformer2DModel`, …), with its scheduler; or the folder or
+            hub name, "owner/name[@revision]", of either. Of those only JSON and safetensors are read.
         scheduler: a diffusers scheduler or its config; default the pipeline's. What it samples with does not matter.
         mu: the logarithm of the shift that a scheduler with use_dynamic_shifting would be given for the image's size.
 
@@ -41,10 +45,10 @@ def from_diffusers(source: Any, scheduler: Any = None, *, mu: float | None = Non
 
     Raises:
         OptionError: for a network, scheduler or setting that is not known here.
-        RunError: for a folder that holds no pipeline.
+        RunError: for a folder or a name of something else, or one that cannot be read.
     """
     if isinstance(source, str | os.PathLike):
-        source = _opened(source)
+        source = opened(hub.local(source))
     network = source if isinstance(source, nn.Module) else _network_of(source)
     scheduler = getattr(source, "scheduler", None) if scheduler is None else scheduler
     if scheduler is None:
@@ -62,55 +66,58 @@ def from_diffusers(source: Any, scheduler: Any = None, *, mu: float | None = Non
     )
 
 
-def _opened(source: str | os.PathLike[str]) -> Any:
-    """The network, the scheduler's config and the autoencoder's, of a pipeline's folder; nothing else is read."""
-    import diffusers
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+def opened(folder: Path, weights: bool = True) -> Any:
+    """The network, the scheduler's config and the autoencoder's, of a folder of diffusers'; nothing else is read.
 
-    local = os.path.isdir(source)
-    if local and not os.path.isfile(os.path.join(source, "model_index.json")):
-        raise RunError(f"{source} has no model_index.json; expected a folder that a diffusers pipeline was saved in")
+    Args:
+        folder: of a pipeline, or of one network.
+        weights: whether to read them; without them the network has no memory, and only its convention is of use.
+
+    Raises:
+        OptionError, RunError: for a folder of something else, or one that cannot be read, or is not to be.
+    """
+    import diffusers
+
+    found = folders.layout(folder)
+    folders.require_known(found)
+    kind = getattr(diffusers, found.network_class)
+    network: Any
     try:
-        index: Any = DiffusionPipeline.load_config(source, local_files_only=local)
-        name = next((name for name in NETWORKS if _class_in(index, name) is not None), None)
-        if name is None:
-            raise RunError(f"{source} has no unet or transformer of diffusers'; expected a pipeline with one")
-        known_network(kind := str(_class_in(index, name)))
-        options: dict[str, Any] = {"local_files_only": local}
-        network, info = getattr(diffusers, kind).from_pretrained(
-            source, subfolder=name, use_safetensors=True, output_loading_info=True, **options
+        parts: dict[str, Any] = {"scheduler": folders.scheduler_config(found)}
+        if (vae := folders.vae_config(found)) is not None:
+            parts["vae"] = SimpleNamespace(config=vae)
+        config = folders.network_config(found)
+        make: Callable[[], nn.Module] = lambda: kind.from_config(config)  # noqa: E731
+        if not weights:
+            with torch.device("meta"):
+                return SimpleNamespace(**parts, **{found.part: make()})
+        _require_room(
+            building.empty(make, shapes := folders.weight_shapes(found), found.network), shapes, found.network
+        )
+        network, info = kind.from_pretrained(
+            found.network, use_safetensors=True, output_loading_info=True, local_files_only=True
         )
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"its file of weights lacks {', '.join(missing[:3])}")
-        found: dict[str, Any] = {name: network}
-        if _class_in(index, "scheduler") is not None:
-            found["scheduler"] = _config(source, "scheduler", options)
-        if _class_in(index, "vae") is not None:
-            found["vae"] = SimpleNamespace(config=_config(source, "vae", options))
     except FluvialError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise RunError(f"{source} cannot be opened as a diffusers pipeline: {' '.join(str(error).split())}") from error
-    return SimpleNamespace(**found)
+        raise RunError(f"{folder} cannot be opened as diffusers': {' '.join(str(error).split())}") from error
+    return SimpleNamespace(**parts, **{found.part: network})
 
 
-def _config(source: str | os.PathLike[str], part: str, options: dict[str, Any]) -> Any:
-    """The configuration of a scheduler or a network in a pipeline's folder."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
-    # Any class of each kind: they differ in the name of the file.
-    return (DDIMScheduler if part == "scheduler" else AutoencoderKL).load_config(source, subfolder=part, **options)
-
-
-def _class_in(index: dict[str, Any], part: str) -> str | None:
-    """The class that a pipeline's index names for a part, if it is diffusers' own."""
-    entry = index.get(part)
-    return entry[1] if isinstance(entry, list | tuple) and len(entry) == 2 and entry[0] == "diffusers" else None
+def _require_room(network: nn.Module, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Refuses a config of more numbers than the weights have; older files call some of them by other names."""
+    asked = sum(tensor.numel() for tensor in building.weights_of(network).values())
+    if asked > (held := folders.count(shapes)):
+        raise RunError(
+            f"{folder} has weights of {held:,} numbers, and its config describes a {type(network).__name__} of "
+            f"{asked:,}; expected the config of these weights"
+        )
 
 
 def _network_of(pipe: Any) -> nn.Module:
-    for name in NETWORKS:
+    for name in folders.NETWORKS:
         if isinstance(network := getattr(pipe, name, None), nn.Module):
             return network
     raise OptionError(f"a {type(pipe).__name__} has no unet or transformer; expected a pipeline with one, or a network")

@@ -12,10 +12,14 @@ Conditions keep diffusers' own names, batch first, but for a class, which is `la
 | SanaTransformer2DModel | encoder_hidden_states, encoder_attention_mask; guidance where it was distilled     |
 
 Of a network that also puts out a variance only the first half of the channels is kept.
+
+Saved, a network is described by the name of its class, one of these, and by the configuration that diffusers builds it
+from: `config` and `from_config`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,6 +48,22 @@ class DiffusersNetwork(nn.Module):
     def _call(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         raise NotImplementedError
 
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """The names of the conditions that it was built for."""
+        raise NotImplementedError
+
+    def config(self) -> dict[str, Any] | None:
+        """What `from_config` builds the same architecture from: JSON-able. None for one that was changed since."""
+        kind, config = type(self.inner).__name__, self.inner.config
+        description = {"kind": kind, "sign": self.sign, "config": _without_names(config)}  # type: ignore[arg-type]
+        if type(self.inner) is not _library_class(kind):
+            return None
+        with torch.device("meta"):
+            fresh = from_config(description).state_dict()
+        shapes = [{name: value.shape for name, value in each.items()} for each in (fresh, self.state_dict())]
+        return description if shapes[0] == shapes[1] else None
+
     def sample_shape(self) -> tuple[int, ...] | None:
         """One sample's shape, where the network's configuration says it."""
         config: Any = self.inner.config
@@ -53,51 +73,75 @@ class DiffusersNetwork(nn.Module):
         return (config["in_channels"], *((size, size) if isinstance(size, int) else tuple(size)))
 
 
-class _UNet(DiffusersNetwork):
+# The names of these classes are in the files of those that were saved.
+
+
+class UNet(DiffusersNetwork):
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        return _classes(self.inner)
+
     def _call(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         _only(cond, ("label",), self.inner)
         return self.inner(x, t, class_labels=cond.get("label"), return_dict=False)[0]
 
 
-class _TextUNet(DiffusersNetwork):
+class TextUNet(DiffusersNetwork):
     # What the network reads from `added_cond_kwargs`; all else are arguments of its own.
     _ADDED = ("text_embeds", "time_ids", "image_embeds", "hint")
+    _OWN = ("encoder_hidden_states", "encoder_attention_mask", "timestep_cond", "label")
+    _BY_EMBEDDING = {
+        "text_time": ("text_embeds", "time_ids"),
+        "text_image": ("text_embeds", "image_embeds"),
+        "image": ("image_embeds",),
+        "image_hint": ("image_embeds", "hint"),
+    }
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        config: Any = self.inner.config
+        added = self._BY_EMBEDDING.get(config.get("addition_embed_type"), ())
+        return ("encoder_hidden_states", *_classes(self.inner), *added)
 
     def _call(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        own = ("encoder_hidden_states", "encoder_attention_mask", "timestep_cond", "label")
-        _only(cond, (*own, *self._ADDED), self.inner)
+        _only(cond, (*self._OWN, *self._ADDED), self.inner)
         _all(cond, ("encoder_hidden_states",), self.inner)
         added = {name: _as(cond[name], x) for name in self._ADDED if name in cond}
-        given = {name: _as(cond[name], x) for name in own[:-1] if name in cond}
+        given = {name: _as(cond[name], x) for name in self._OWN[:-1] if name in cond}
         return self.inner(
             x, t, class_labels=cond.get("label"), added_cond_kwargs=added or None, **given, return_dict=False
         )[0]
 
 
-class _DiT(DiffusersNetwork):
+class DiT(DiffusersNetwork):
+    conditions = ("label",)  # pyright: ignore[reportAssignmentType]
+
     def _call(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        _only(cond, ("label",), self.inner)
-        _all(cond, ("label",), self.inner)
+        _only(cond, self.conditions, self.inner)
+        _all(cond, self.conditions, self.inner)
         return self.inner(x, timestep=t, class_labels=cond["label"], return_dict=False)[0]
 
 
-class _SD3(DiffusersNetwork):
+class SD3(DiffusersNetwork):
+    conditions = ("encoder_hidden_states", "pooled_projections")  # pyright: ignore[reportAssignmentType]
+
     def _call(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        names = ("encoder_hidden_states", "pooled_projections")
-        _only(cond, names, self.inner)
-        _all(cond, names, self.inner)
-        given = {name: _as(cond[name], x) for name in names}
+        _only(cond, self.conditions, self.inner)
+        _all(cond, self.conditions, self.inner)
+        given = {name: _as(cond[name], x) for name in self.conditions}
         return self.inner(hidden_states=x, timestep=t, **given, return_dict=False)[0]
 
 
-class _Flux(DiffusersNetwork):
+class Flux(DiffusersNetwork):
     """Latents (B, C, H, W), even H and W, reach the network as tokens of 2x2 positions; its clock counts to 1."""
 
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        return ("encoder_hidden_states", "pooled_projections", *_guided(self.inner))
+
     def _call(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        names = ("encoder_hidden_states", "pooled_projections")
-        guided = ("guidance",) if self.inner.config["guidance_embeds"] else ()  # type: ignore[index]
-        _only(cond, (*names, *guided), self.inner)
-        _all(cond, (*names, *guided), self.inner)
+        _only(cond, self.conditions, self.inner)
+        _all(cond, self.conditions, self.inner)
         batch, channels, height, width = x.shape
         if height % 2 or width % 2:
             raise OptionError(f"the latents are {height} x {width}; expected even sides, of 2x2 tokens")
@@ -106,7 +150,7 @@ class _Flux(DiffusersNetwork):
         out = self.inner(
             hidden_states=tokens.reshape(batch, rows * columns, 4 * channels),
             timestep=t / 1000.0,
-            **{name: _as(cond[name], x) for name in (*names, *guided)},
+            **{name: _as(cond[name], x) for name in self.conditions},
             img_ids=_positions(rows, columns, x),
             txt_ids=torch.zeros(cond["encoder_hidden_states"].shape[1], 3, device=x.device, dtype=x.dtype),
             return_dict=False,
@@ -118,12 +162,15 @@ class _Flux(DiffusersNetwork):
         return None
 
 
-class _Sana(DiffusersNetwork):
+class Sana(DiffusersNetwork):
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        return ("encoder_hidden_states", "encoder_attention_mask", *_guided(self.inner))
+
     def _call(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         config: Any = self.inner.config
-        guided = ("guidance",) if config["guidance_embeds"] else ()
-        _only(cond, ("encoder_hidden_states", "encoder_attention_mask", *guided), self.inner)
-        _all(cond, ("encoder_hidden_states", *guided), self.inner)
+        _only(cond, self.conditions, self.inner)
+        _all(cond, ("encoder_hidden_states", *_guided(self.inner)), self.inner)
         given = {name: _as(value, x) for name, value in cond.items()}
         return self.inner(x, timestep=t * config["timestep_scale"], **given, return_dict=False)[0]
 
@@ -161,18 +208,34 @@ class BoundaryNetwork(nn.Module):
         out = self.inner(into * x, (250.0 * sigma.log()).to(t.dtype), **cond)
         return on_x * x + on_out * out
 
+    @property
+    def settings(self) -> dict[str, float]:
+        """Those of its scheduler."""
+        return {name: getattr(self, name) for name in ("sigma_min", "sigma_max", "sigma_data", "rho")}
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """The names of the conditions that it was built for."""
+        return self.inner.conditions
+
+    def config(self) -> dict[str, Any] | None:
+        """What `from_config` builds the same architecture from; see `DiffusersNetwork`."""
+        inner = self.inner.config()
+        return None if inner is None else {"kind": _BOUNDARY, "network": inner, "settings": self.settings}
+
     def sample_shape(self) -> tuple[int, ...] | None:
         return self.inner.sample_shape()
 
 
+_BOUNDARY = "consistency"
 _ADAPTERS: dict[str, type[DiffusersNetwork]] = {
-    "UNet2DModel": _UNet,
-    "UNet2DConditionModel": _TextUNet,
-    "DiTTransformer2DModel": _DiT,
-    "Transformer2DModel": _DiT,
-    "SD3Transformer2DModel": _SD3,
-    "FluxTransformer2DModel": _Flux,
-    "SanaTransformer2DModel": _Sana,
+    "UNet2DModel": UNet,
+    "UNet2DConditionModel": TextUNet,
+    "DiTTransformer2DModel": DiT,
+    "Transformer2DModel": DiT,
+    "SD3Transformer2DModel": SD3,
+    "FluxTransformer2DModel": Flux,
+    "SanaTransformer2DModel": Sana,
 }
 
 
@@ -194,6 +257,45 @@ def known_network(name: str) -> type[DiffusersNetwork]:
     if name not in _ADAPTERS:
         raise one_of("diffusers network", name, _ADAPTERS)
     return _ADAPTERS[name]
+
+
+def from_config(config: Mapping[str, Any]) -> DiffusersNetwork | BoundaryNetwork:
+    """The architecture that `config()` described, with fresh weights. Only the classes in the table are looked up.
+
+    Raises:
+        OptionError: for a class that is not in the table.
+    """
+    if config["kind"] == _BOUNDARY:
+        return BoundaryNetwork(_described(config["network"]), config["settings"])
+    return _described(config)
+
+
+def _described(config: Mapping[str, Any]) -> DiffusersNetwork:
+    adapter, sign = known_network(config["kind"]), float(config["sign"])
+    return adapter(_library_class(config["kind"]).from_config(_without_names(config["config"])), sign)
+
+
+def _library_class(name: str) -> Any:
+    """The class of diffusers' of a name in the table."""
+    import diffusers
+
+    return getattr(diffusers, name)
+
+
+def _without_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what diffusers keeps beside the arguments: of which version, and from where, it was read."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def _classes(network: nn.Module) -> tuple[str, ...]:
+    """The condition of a network of classes."""
+    config: Any = network.config
+    return () if config.get("num_class_embeds") is None and config.get("class_embed_type") is None else ("label",)
+
+
+def _guided(network: nn.Module) -> tuple[str, ...]:
+    """The condition of a network that was distilled under guidance."""
+    return ("guidance",) if network.config["guidance_embeds"] else ()  # type: ignore[index]
 
 
 def _positions(rows: int, columns: int, like: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fluvial import plans, solvers
 from fluvial.errors import OptionError, PathTimeError
-from fluvial.interop.diffusers_schedule import OURS, Schedule, read_schedule
+from fluvial.interop.diffusers_schedule import OURS, Schedule, alphas_cumprod, read_schedule
 from fluvial.interop.diffusers_times import sampling_times
 from fluvial.paths import Path
 from fluvial.predictions import EDM, spread
@@ -71,6 +71,8 @@ class Driver:
         if isinstance(self._solver, solvers.Dopri5):
             raise OptionError("solver is 'dopri5', which chooses its own times; expected one with times set in advance")
         self._model = self._schedule.model(_no_network)
+        if self._schedule.family == "table":
+            self.alphas_cumprod, self.alphas, self.betas = _table(self._schedule)
         self.order = max(self._solver.stages, 1)
         self.num_inference_steps: int | None = None
         # Until a run is laid out these are training's.
@@ -287,6 +289,13 @@ class Driver:
             return
         self._memory = [*kept, *self._memory][: self._plan[self._index].memory]
         self._open(x, generator)
+
+
+def _table(schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
+    """alphas_cumprod, alphas and betas, (N,) float32 each, which some pipelines read."""
+    table = alphas_cumprod(schedule.settings)
+    alphas = table / torch.cat([table.new_ones(1), table[:-1]])
+    return table.float(), alphas.float(), (1.0 - alphas).float()
 
 
 def _no_network(x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def _flow_levels(
     if terminal := settings.get("shift_terminal"):
         factor = (1.0 - terminal) / (1.0 - levels[-1])
         levels = [1.0 - (1.0 - level) * factor for level in levels]
-    kind = _kind(settings)
+    kind = spacing_kind(settings)
     return levels if kind is None else _between(kind, levels[0], levels[-1], len(levels))
 
 
@@ -110,7 +110,7 @@ def _spaced_times(schedule: Schedule, steps: int) -> list[float]:
         kind = "karras" if settings.get("sigma_schedule", "karras") == "karras" else "exponential"
         ends = schedule.level(0.0), schedule.level(1.0)
         return [schedule.time_of_level(level) for level in _between(kind, *ends, steps, settings["rho"])]
-    kind = _kind(settings)
+    kind = spacing_kind(settings)
     if kind is None:
         return _of_timesteps(schedule, _integer_clock(settings, steps, len(schedule.path.alphas_cumprod)))  # type: ignore[attr-defined]
     high = settings.get("sigma_max") or schedule.level(0.0)
@@ -135,7 +135,12 @@ def _integer_clock(settings: Mapping[str, Any], steps: int, n: int) -> list[floa
     raise one_of("timestep_spacing", spacing, ("leading", "trailing", "linspace"))
 
 
-def _kind(settings: Mapping[str, Any]) -> str | None:
+def spacing_kind(settings: Mapping[str, Any]) -> str | None:
+    """The kind of spacing of noise levels that these settings ask for; None is the clock's own.
+
+    Raises:
+        OptionError: for one that is not known here, or two of them.
+    """
     for name in _OTHERS:
         if settings.get(name):
             raise OptionError(f"the scheduler has {name}; expected a grid of Fluvial's own, such as 'log_snr'")

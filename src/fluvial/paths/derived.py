@@ -44,6 +44,10 @@ class Discrete(Path):
         object.__setattr__(self, "_angles", angles)
         object.__setattr__(self, "_slopes", _monotone_slopes(angles.diff()))
 
+    def __repr__(self) -> str:
+        entries = self.alphas_cumprod
+        return f"Discrete({len(entries)} alphas_cumprod, {entries[0]:.6g} … {entries[-1]:.6g})"
+
     def _angle(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """atan2(alpha, sigma), from noise to data, and its derivative in t."""
         cells = len(self._angles) - 1

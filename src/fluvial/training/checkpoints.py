@@ -21,14 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fluvial import __version__, networks, paths, predictions
+from fluvial import __version__, paths, predictions
 from fluvial.convention import Convention
 from fluvial.errors import OptionError, RunError, one_of
 from fluvial.flow_maps import FlowMap
 from fluvial.model import Converted, Model, convert
-from fluvial.training import atomic
+from fluvial.training import atomic, building
+from fluvial.training.building import fill, weights_of
 
-CONFIG, RAW, AVERAGED, STATE = "config.json", "model.safetensors", "ema.safetensors", "state"
+CONFIG, RAW, AVERAGED, STATE, CARD = "config.json", "model.safetensors", "ema.safetensors", "state", "README.md"
 WEIGHTS = {"ema": AVERAGED, "raw": RAW}
 
 Folder = str | os.PathLike[str]
@@ -50,7 +51,9 @@ def save(model: Model, folder: Folder, ema: Model | None = None) -> Path:
     config = config_of(model)
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file; expected a folder to save the model in")
-    others = {path.name for path in folder.iterdir()} - {CONFIG, RAW, AVERAGED} if folder.is_dir() else set()
+    others = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    # The card of a saved model goes with it; other people's READMEs are their own.
+    others -= {CONFIG, RAW, AVERAGED, *((CARD,) if CONFIG in others else ())}
     if others:
         what = "a training run" if STATE in others else min(others)
         raise RunError(
@@ -86,8 +89,9 @@ def load(folder: Folder, network: nn.Module | None = None, weights: str = "ema")
     if weights not in WEIGHTS:
         raise one_of("kind of weights", weights, WEIGHTS)
     config = read_config(folder)
-    model = _model(config, (network or _network(config, folder)).eval(), folder)
-    fill(model.network, *_weights(folder, weights))
+    tensors, file = _weights(folder, weights)
+    model = _model(config, (network or _network(config, folder, tensors, file)).eval(), folder)
+    fill(model.network, tensors, file)
     return model
 
 
@@ -136,19 +140,12 @@ def config_of(model: Model) -> dict[str, Any]:
         raise OptionError(
             f"the network is a {type(model.network).__name__} and has no weights to save; expected an nn.Module"
         )
-    network: Any = model.network
-    kind = type(network)
-    # Only our own networks are built from their description: others' `config` may mean anything.
-    ours = kind.__module__ == networks.__name__
     shape = "" if model.shape is None else f", of samples {model.shape}"
     what = f"a flow map ({model.kind}), predicts" if isinstance(model, FlowMap) else "predicts"
     return {
         "fluvial": __version__,
         "summary": f"{what} {model.prediction.name} on the path {model.path.config()['name']}{shape}",
-        "network": {
-            "class": f"{kind.__module__}.{kind.__qualname__}",
-            "config": network.config() if ours else None,
-        },
+        "network": building.describe(model.network),
         **_convention(model),
         **_kind(model),
     }
@@ -187,15 +184,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _network(config: Mapping[str, Any], folder: Path) -> nn.Module:
+def _network(config: Mapping[str, Any], folder: Path, tensors: Mapping[str, Tensor], file: Path) -> nn.Module:
     described = config["network"]
     try:
         if described["config"] is not None:
-            return networks.from_config(described["config"])
+            return building.build(described, tensors, file)
         name = described["class"]
-    except (OptionError, KeyError, TypeError, ValueError) as error:
+    except (OptionError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{folder / CONFIG}: the network cannot be built: {error}") from error
-    raise RunError(f"{folder} holds a {name}, a class of your own; expected one to fill: fl.load(folder, network=…)")
+    kind = "changed since it was built" if name.rpartition(".")[0] in building.HOMES else "a class of your own"
+    raise RunError(f"{folder} holds a {name}, {kind}; expected one to fill: fl.load(folder, network=…)")
 
 
 def _model(config: Mapping[str, Any], network: nn.Module, folder: Path) -> Model:
@@ -232,34 +230,3 @@ def _weights(folder: Path, weights: str) -> tuple[dict[str, Tensor], Path]:
 def state_name(step: Any) -> str:
     """The folder, below `state`, of a run's complete state at a step."""
     return f"step-{step:06d}" if isinstance(step, int) else f"step-{step}"
-
-
-def weights_of(network: Any) -> dict[str, Tensor]:
-    """An nn.Module's parameters and lasting buffers, each once by its first name: tied weights have several."""
-    names = {name for name, _ in network.named_parameters()} | {name for name, _ in network.named_buffers()}
-    return {name: value for name, value in network.state_dict().items() if name in names}
-
-
-@torch.no_grad()
-def fill(network: Any, tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Copies weights read from `file` into the network, where all of them must fit.
-
-    Raises:
-        RunError: says which are missing, unknown, or of another shape.
-    """
-    own = weights_of(network)
-    problems = [f"{name} is missing" for name in own if name not in tensors]
-    problems += [f"{name} is unknown" for name in tensors if name not in own]
-    problems += [
-        f"{name} is {tuple(tensors[name].shape)} and should be {tuple(value.shape)}"
-        for name, value in own.items()
-        if name in tensors and tensors[name].shape != value.shape
-    ]
-    if problems:
-        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        kind = type(network).__name__
-        raise RunError(
-            f"{file} does not fit the {kind}: {', '.join(problems[:3])}{more}; expected weights of this architecture"
-        )
-    for name, value in own.items():
-        value.copy_(tensors[name])
