@@ -134,9 +134,10 @@ def test_gap_and_spread_are_those_by_hand(name):
     t = objective.draw_times(student, index, 5)
     found = objective.watched(student, data, {}, t, None, 5, index, None)
     noise = fl.random.normal(30, (2,), 5, stream=fl.random.TRAIN, dtype=torch.float64)
-    loss = objective(student, data, t=t, seed=5).detach().mean()
-    # A step of 1/4 leads a quarter of the velocity's error astray.
-    gap = loss.sqrt() * (0.25 if name == "halving" else 1.0)
+    loss = objective(student, data, t=t, seed=5).detach()
+    # Both losses are of a velocity, which a step of 1/4 follows for that long, and consistency to the data.
+    length = 0.25 if name == "halving" else 1 - t
+    gap = (loss * length**2).mean().sqrt()
     made = student(noise, 0.0).data.detach()
     assert found["gap"] == pytest.approx(float(gap / data.std()), rel=1e-12)
     assert found["spread"] == pytest.approx(float(made.std() / data.std()), rel=1e-12)

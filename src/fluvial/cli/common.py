@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from rich.table import Table
 
 from fluvial import training
 from fluvial.errors import OptionError
+from fluvial.interop import folders
 from fluvial.model import Model
+from fluvial.training.checkpoints import read_config
 
 console = Console()
 
@@ -32,6 +35,13 @@ def print_table(header: list[str], rows: list[list[Any]], title: str | None = No
     for row in rows:
         table.add_row(*map(str, row))
     console.print(table)
+
+
+def described(run: str | Path) -> dict[str, Any]:
+    """The config of a run; nothing of models of elsewhere, which do not say what they were trained on."""
+    folder = Path(run)
+    ours = folder.is_dir() and folders.layout(folder).kind == folders.MODEL
+    return read_config(folder) if ours else {}
 
 
 def labels(loaded: Model, n: int, label: int | None) -> dict[str, torch.Tensor]:

@@ -7,17 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from fluvial import __version__, training
+from fluvial import __version__, interop, training
 from fluvial.cli.app import app
-from fluvial.cli.common import console, labels, say
+from fluvial.cli.common import MODEL, console, described, labels, say
 from fluvial.errors import FluvialError, OptionError
 from fluvial.show import settings
-from fluvial.training.checkpoints import read_config
 
 
 @app.command()
 def diagnose(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Annotated[str, typer.Argument(help=MODEL)],
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("diagnosis"),
     data: Annotated[str | None, typer.Option(help="Real data; default: those the run was trained on.")] = None,
     n: Annotated[int, typer.Option("-n", help="Trajectories for each seed.")] = 512,
@@ -35,9 +34,9 @@ def diagnose(
     if n < 2:
         raise OptionError(f"-n is {n}; expected 2 or more trajectories")
     nodes = settings.times(segments)
-    loaded = training.load(run, weights=weights)
+    loaded = interop.load(run, weights=weights)
     source, reason = _source(run, data)
-    made: dict[str, Any] = {"fluvial": __version__, "run": str(run), "model": training.model_hash(run, weights)}
+    made: dict[str, Any] = {"fluvial": __version__, "run": run, "model": training.model_hash(loaded)}
     with console.status("starting") as status:
         found = job.diagnose(
             loaded,
@@ -53,18 +52,18 @@ def diagnose(
     found.made = made | {"weights": weights} | found.made
     if reason:
         found.omitted.append(reason)
-    report = diagnose_report.write(out, found, run.resolve().name)
+    report = diagnose_report.write(out, found, Path(run).resolve().name)
     say(f"S = {found.straightness}, {found.made['nfe']} NFE each. {found.bends}.")
     for line in found.omitted:
         say(f"Left out: {line}.")
     say(f"Open {report} in a browser.")
 
 
-def _source(run: Path, data: str | None) -> tuple[training.Source | None, str | None]:
+def _source(run: str, data: str | None) -> tuple[training.Source | None, str | None]:
     """The data asked for, or those of the training, and why there are none."""
     if data is not None:
         return training.open_source(data), None
-    known = read_config(run).get("training", {}).get("data")
+    known = described(run).get("training", {}).get("data")
     if known is None:
         return None, "the run does not say what it was trained on; --data names the data"
     sides = tuple(known["shape"][1:])

@@ -8,15 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from fluvial import solvers, training
+from fluvial import interop, solvers, training
 from fluvial.cli.app import app
-from fluvial.cli.common import console, interruptible, say
+from fluvial.cli.common import MODEL, console, described, interruptible, say
 from fluvial.distill import METHODS
 from fluvial.distill.command import SOLVER, check, regress
 from fluvial.errors import FluvialError, NonFiniteError, OptionError, one_of
 from fluvial.guidance import CFG
 from fluvial.training import Source
-from fluvial.training.checkpoints import CONFIG, read_config
+from fluvial.training.checkpoints import CONFIG
 from fluvial.training.pairs import MANIFEST
 
 # What each method takes beside what all of them do.
@@ -37,7 +37,7 @@ _SHEETS = 250
 
 @app.command()
 def distill(
-    run: Annotated[Path, typer.Argument(help="The teacher: a run folder, in any notation.")],
+    run: Annotated[str, typer.Argument(help=f"The teacher, in any notation. {MODEL}")],
     out: Annotated[Path, typer.Option(help="The run folder to write; an existing one is resumed.")],
     method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "consistency",
     data: Annotated[str | None, typer.Option(help="Default: what the run was trained on.")] = None,
@@ -74,7 +74,7 @@ def distill(
     options |= {name: value for name, value in (("lr", lr), ("solver", solver), ("distance", distance)) if value}
     options |= {"taught": False} if no_teacher else {}
     check(method, out, {"steps": steps, **options})
-    loaded = training.load(run, weights=weights)
+    loaded = interop.load(run, weights=weights)
     try:
         with interruptible():
             if own_pairs:
@@ -88,7 +88,7 @@ def distill(
                 )
             else:
                 options |= {} if scale is None else {"guidance": scale}
-                METHODS[method](loaded, _source(run, data, pairs), steps, **options)
+                METHODS[method](loaded, _source(run, loaded.shape, data, pairs), steps, **options)
     except NonFiniteError:
         # How it went is what now wants to be seen.
         say(f"How it went until then: {_report(out)}")
@@ -121,29 +121,28 @@ def _scale(text: str) -> float | tuple[float, float]:
     return scales[0]
 
 
-def _source(run: Path, data: str | None, pairs: Path | None) -> Source:
+def _source(run: str, shape: tuple[int, ...] | None, data: str | None, pairs: Path | None) -> Source:
     """The data or pairs that are named, or those that the run was trained on."""
     if data is not None and pairs is not None:
         raise OptionError(f"--data {data} and --pairs {pairs} are given; expected one of them")
     if pairs is not None:
         return training.open_pairs(pairs)
-    config = read_config(run)
-    known, shape = (config.get("training") or {}).get("data", {}), config["convention"]["shape"]
+    known = (described(run).get("training") or {}).get("data", {})
     name = data or known.get("name")
     if name is None:
         raise OptionError(f"{run} does not say what it was trained on; expected --data, such as --data digits")
     if data is None and "noise" in known["conditions"]:
         # Pairs are called by the folder as it was written then; they may have moved together with their run.
-        for folder in (run.resolve().parent / Path(name).name, Path(name)):
+        for folder in (Path(run).resolve().parent / Path(name).name, Path(name)):
             if (folder / MANIFEST).is_file():
                 return training.open_pairs(folder)
         raise OptionError(
             f"{run} was trained on pairs, {name}, which are not beside it; expected --pairs, their folder"
         )
     # Folders and hub data have no size of their own but that of their first image.
-    sized = shape and len(shape) == 3 and (name.startswith("hf:") or Path(name).expanduser().is_dir())
+    sides = shape[1:] if shape and (name.startswith("hf:") or Path(name).expanduser().is_dir()) else ()
     try:
-        return training.open_source(name, image_size=tuple(shape[1:]) if sized else None)
+        return training.open_source(name, image_size=(sides[0], sides[1]) if len(sides) == 2 else None)
     except FluvialError as error:
         if data is not None:
             raise

@@ -10,18 +10,18 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from fluvial import grids, solvers, training
+from fluvial import grids, interop, solvers, training
 from fluvial.cli.app import app
-from fluvial.cli.common import console, say
+from fluvial.cli.common import MODEL, console, described, say
 from fluvial.errors import OptionError, one_of
 from fluvial.measure.features import NAMES
 from fluvial.training import Source
-from fluvial.training.checkpoints import CONFIG, read_config
+from fluvial.training.checkpoints import CONFIG
 
 
 @app.command()
 def evaluate(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders.", metavar="RUN [RUN …]")],
+    runs: Annotated[list[str], typer.Argument(help=f"Models, each: {MODEL}", metavar="RUN [RUN …]")],
     steps: Annotated[str, typer.Option(help="Numbers of steps: 1,2,8. 1+9: a budget for each segment.")] = "1,2,4,8,64",
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("compare"),
     solver: Annotated[
@@ -57,8 +57,8 @@ def evaluate(
     if grid is not None and grid not in grids.names():
         raise one_of("grid", grid, grids.names())
     names = _names(runs)
-    models = {name: training.load(run, weights=weights) for name, run in zip(names, runs)}
-    source = _source(data, runs)
+    models = {name: interop.load(run, weights=weights) for name, run in zip(names, runs)}
+    source = _source(data, runs, next(iter(models.values())).shape)
     with console.status("sampling") as status:
         found = job.evaluate(
             models,
@@ -107,21 +107,20 @@ def _print(found: Any) -> None:
     say(f"Over floor: less what real data measure against real data. x reference: {ratio}.")
 
 
-def _names(runs: Sequence[Path]) -> list[str]:
+def _names(runs: Sequence[str]) -> list[str]:
     """What the runs are called: the folders' names, or their paths where two of those are the same."""
-    for names in ([run.resolve().name for run in runs], [str(run) for run in runs]):
+    for names in ([Path(run).resolve().name for run in runs], list(runs)):
         if len(set(names)) == len(runs):
             return names
-    raise OptionError(f"a run is given twice among {', '.join(map(str, runs))}; expected each once")
+    raise OptionError(f"a run is given twice among {', '.join(runs)}; expected each once")
 
 
-def _source(data: str | None, runs: Sequence[Path]) -> Source:
+def _source(data: str | None, runs: Sequence[str], shape: tuple[int, ...] | None) -> Source:
     """The data that are named, or those of the first run that says what it was trained on."""
-    configs = [read_config(run) for run in runs]
+    configs = [described(run) for run in runs]
     name = data or next((config["training"]["data"]["name"] for config in configs if config.get("training")), None)
     if name is None:
         raise OptionError("no run here says what it was trained on; expected --data, such as --data digits")
-    shape = configs[0]["convention"]["shape"]
     # Folders and hub data have no size of their own but that of their first image.
-    sized = shape and len(shape) == 3 and (name.startswith("hf:") or Path(name).expanduser().is_dir())
-    return training.open_source(name, image_size=tuple(shape[1:]) if sized else None)
+    sides = shape[1:] if shape and (name.startswith("hf:") or Path(name).expanduser().is_dir()) else ()
+    return training.open_source(name, image_size=(sides[0], sides[1]) if len(sides) == 2 else None)

@@ -8,9 +8,9 @@ from typing import Annotated
 import torch
 import typer
 
-from fluvial import grids, model, paths, sampling, training
+from fluvial import grids, interop, model, paths, sampling, training
 from fluvial.cli.app import app
-from fluvial.cli.common import interruptible
+from fluvial.cli.common import MODEL, interruptible
 from fluvial.guidance import CFG
 from fluvial.show import settings
 
@@ -19,7 +19,7 @@ _SOLVER = sampling.DEFAULT_SOLVER
 
 @app.command()
 def pairs(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Annotated[str, typer.Argument(help=MODEL)],
     out: Annotated[Path, typer.Option(help="The folder to write; an existing one is gone on with.")],
     n: Annotated[int | None, typer.Option("-n", help="How many pairs; with --data all of them by default.")] = None,
     solver: Annotated[str, typer.Option(help="An ODE solver: fluvial info --solvers lists them.")] = _SOLVER,
@@ -40,7 +40,7 @@ def pairs(
     weights: Annotated[str, typer.Option(help="ema or raw.")] = "ema",
 ) -> None:
     """Make pairs of noise and data with a run, or go on with a folder of them: the same command resumes exactly."""
-    loaded = training.load(run, weights=weights)
+    loaded = interop.load(run, weights=weights)
     if path is not None:
         loaded = model.convert(loaded, path=paths.named(path))
     device = torch.accelerator.current_accelerator()

@@ -7,16 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from fluvial import solvers, training
+from fluvial import interop, solvers, training
 from fluvial.cli.app import app
-from fluvial.cli.common import console, interruptible, say
+from fluvial.cli.common import MODEL, console, interruptible, say
 from fluvial.errors import OptionError
 from fluvial.guidance import CFG
 
 
 @app.command()
 def straighten(
-    run: Annotated[Path, typer.Argument(help="A run folder, in any notation.")],
+    run: Annotated[str, typer.Argument(help=f"A model in any notation. {MODEL}")],
     out: Annotated[Path, typer.Option(help="The run folder to write; its pairs are put beside it.")],
     rounds: Annotated[int, typer.Option(help="Rounds of pairs and training.")] = 1,
     n: Annotated[int, typer.Option("-n", help="Pairs of each round.")] = 50_000,
@@ -49,7 +49,7 @@ def straighten(
     from fluvial.straighten import rounds as straightened
 
     options: dict[str, Any] = {} if lr is None else {"lr": lr}
-    loaded = training.load(run, weights=weights)
+    loaded = interop.load(run, weights=weights)
     with interruptible():
         made = straightened(
             loaded, n, rounds, out=out, segments=_segments(segments), straighten=_which(which), solver=solver,
