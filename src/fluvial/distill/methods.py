@@ -13,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fluvial import grids
 from fluvial.convention import Normalisation
 from fluvial.distill.consistency import ConsistencyDistillation, ConsistencyTraining
@@ -33,6 +35,10 @@ from fluvial.training import open_source
 from fluvial.training.pairs_at import PairsAt
 from fluvial.training.trainer import path_std
 
+# Eighths, and two levels near the noise: a teacher that predicts the noise knows the data there to 1/alpha only, and
+# would not find its way to 1/8 in one step.
+LEVELS = (0.0, 0.02, 0.05, *(k / 8 for k in range(1, 9)))
+
 
 def consistency(
     model: Model,
@@ -40,8 +46,8 @@ def consistency(
     steps: int = 5000,
     *,
     solver: Any = "heun",
-    grid: Any = "uniform",
-    grid_steps: int = 8,
+    grid: Any = LEVELS,
+    grid_steps: int | None = None,
     judge: str = "own",
     distance: Any = "mse",
     **rest: Any,
@@ -51,7 +57,8 @@ def consistency(
     The source's grid, 18 levels with rho = 7, and its judge, a moving average, follow the teacher more closely; what is
     known at the data then takes longer to reach the noise: grid="karras", grid_steps=18, judge="average".
     """
-    options = {"solver": solver, "grid": grid, "steps": grid_steps, "judge": judge, "distance": distance}
+    count = grid_steps or (len(grid) - 1 if isinstance(grid, Sequence | Tensor) and not isinstance(grid, str) else 8)
+    options = {"solver": solver, "grid": grid, "steps": count, "judge": judge, "distance": distance}
     return _flow_map(model, source, ConsistencyDistillation, steps, options, **rest)
 
 
