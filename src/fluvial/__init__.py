@@ -61,6 +61,7 @@ _MODULES = (
     "sheets",
     "solvers",
     "straighten",
+    "systems",
     "testing",
     "training",
 )

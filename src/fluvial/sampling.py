@@ -7,10 +7,11 @@ synchronisation.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -70,6 +71,21 @@ def nfe(model: Model, solver: str | Solver, steps: Steps | None = None, times: A
     return sum(len(step.stages) for step in plan(model, solver, _nodes(model, solver, times, steps)))
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _or_composed(function: _Function) -> _Function:
+    """The function, but for what samples by itself: compositions of models, which have a `sample_with`."""
+
+    @functools.wraps(function)
+    def call(model: Any, *start: Any, **options: Any) -> Any:
+        own = getattr(model, "sample_with", None)
+        return function(model, *start, **options) if own is None else own(*start, **options)
+
+    return call  # type: ignore[return-value]
+
+
+@_or_composed
 def sample(
     model: Model,
     start: int | Sequence[int] | Tensor | None = None,

@@ -1,8 +1,9 @@
-"""What lies in a folder of models: one of Fluvial's own, a diffusers pipeline, or one network of diffusers'.
+"""What lies in a folder: a model of Fluvial's own, a composition of these, a diffusers pipeline or one network of its.
 
 | it holds | and is |
 |---|---|
 | config.json with a convention | a run, or a model that `fl.save` wrote |
+| system.json | a composition of models that `fl.save` wrote |
 | model_index.json | a diffusers pipeline, its parts in folders of their own or beside it |
 | config.json with a class of diffusers' | one network, with its scheduler's config beside it |
 
@@ -20,9 +21,10 @@ from typing import Any, NamedTuple
 
 from fluvial.errors import OptionError, RunError
 from fluvial.interop.diffusers_networks import known_network
+from fluvial.systems.base import INDEX
 
 NETWORKS = ("unet", "transformer")
-MODEL, PIPELINE, NETWORK = "model", "pipeline", "network"
+MODEL, SYSTEM, PIPELINE, NETWORK = "model", "system", "pipeline", "network"
 
 _CONFIG, _INDEX, _SCHEDULER = "config.json", "model_index.json", "scheduler_config.json"
 _WEIGHTS = "diffusion_pytorch_model"
@@ -34,7 +36,7 @@ class Layout(NamedTuple):
     """Where the parts of a model lie.
 
     Attributes:
-        kind: MODEL, PIPELINE or NETWORK; of the first nothing else is said.
+        kind: MODEL, SYSTEM, PIPELINE or NETWORK; of the first two nothing else is said.
         name: the class of the pipeline, or of the network.
         network: the folder of the network's config and weights.
         network_class: its class in diffusers.
@@ -61,6 +63,8 @@ def layout(folder: Path) -> Layout:
     config = read_json(folder / _CONFIG) if (folder / _CONFIG).is_file() else {}
     if "convention" in config:
         return Layout(MODEL)
+    if (folder / INDEX).is_file():
+        return Layout(SYSTEM)
     if (folder / _INDEX).is_file():
         return _pipeline(folder)
     if isinstance(config.get("_class_name"), str):
@@ -148,6 +152,8 @@ def weight_patterns(folder: Path, found: Layout) -> list[str]:
     """The files of weights that a model in this folder needs, as patterns below it."""
     if found.kind == MODEL:
         return ["model.safetensors", "ema.safetensors"]
+    if found.kind == SYSTEM:
+        return ["*.safetensors"]
     below = found.network.relative_to(folder).as_posix()
     start = _WEIGHTS if below == "." else f"{below}/{_WEIGHTS}"
     return [f"{start}.safetensors", f"{start}-*-of-*.safetensors"]

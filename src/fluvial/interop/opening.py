@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from fluvial import training
+from fluvial import systems, training
 from fluvial.convention import Convention
 from fluvial.errors import OptionError, RunError, one_of
 from fluvial.interop import folders, hub
@@ -37,8 +37,8 @@ def load(
     *,
     revision: str | None = None,
     token: str | None = None,
-) -> Model:
-    """The model of a folder, or of that name on the hub, on the CPU and ready to sample.
+) -> Any:
+    """The model of a folder, or of that name on the hub, on the CPU and ready to sample; or the `System` there.
 
         model = fl.load("runs/a")
         model = fl.load("owner/name")
@@ -63,8 +63,11 @@ def load(
     if weights not in WEIGHTS:
         raise one_of("kind of weights", weights, WEIGHTS)
     folder = hub.local(source, revision, token)
-    if folders.layout(folder).kind == folders.MODEL:
+    kind = folders.layout(folder).kind
+    if kind == folders.MODEL:
         return training.load(folder, network, weights)
+    if kind == folders.SYSTEM:
+        return systems.load(folder)
     if network is not None:
         raise OptionError(f"network is given, and {source} says which it has; expected none")
     return from_diffusers(folder)

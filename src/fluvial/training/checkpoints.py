@@ -48,6 +48,8 @@ def save(model: Model, folder: Folder, ema: Model | None = None) -> Path:
         RunError: for a folder that holds something else, or a disk that is full.
     """
     folder = Path(folder)
+    if hasattr(model, "save_to"):  # a composition of models
+        return model.save_to(folder)  # type: ignore[attr-defined]
     config = config_of(model)
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file; expected a folder to save the model in")
