@@ -210,7 +210,7 @@ def test_a_student_of_an_exact_mixture_reaches_its_flow_map():
         torch.manual_seed(0)
         network = networks.mlp(2, width=128, depth=3)
     student = fl.Model(network, "rectified", shape=(2,))
-    options = {"lr": 2e-3, "batch_size": 256, "ema_decay": 0.99, "grid": "uniform", "grid_steps": 12, **QUIET}
+    options = {"lr": 2e-3, "batch_size": 256, "ema_decay": 0.99, "grid_steps": 12, **QUIET}
     flow_map = distill.consistency(teacher, data, 2000, student=student, **options)
 
     noise = fl.random.normal(4000, (2,), seed=99)

@@ -46,7 +46,7 @@ def consistency(
     steps: int = 5000,
     *,
     solver: Any = "heun",
-    grid: Any = LEVELS,
+    grid: Any = None,
     grid_steps: int | None = None,
     judge: str = "own",
     distance: Any = "mse",
@@ -54,10 +54,16 @@ def consistency(
 ) -> FlowMap:
     """Consistency distillation: see `ConsistencyDistillation`; `rest` as for `learn`.
 
+    Args:
+        grid, grid_steps: the levels; default: `LEVELS`, and "uniform" where only their number is given.
+
     The source's grid, 18 levels with rho = 7, and its judge, a moving average, follow the teacher more closely; what is
     known at the data then takes longer to reach the noise: grid="karras", grid_steps=18, judge="average".
     """
-    count = grid_steps or (len(grid) - 1 if isinstance(grid, Sequence | Tensor) and not isinstance(grid, str) else 8)
+    if grid is None:
+        grid = LEVELS if grid_steps is None else "uniform"
+    listed = isinstance(grid, Sequence | Tensor) and not isinstance(grid, str)
+    count = grid_steps or (len(grid) - 1 if listed else 8)
     options = {"solver": solver, "grid": grid, "steps": count, "judge": judge, "distance": distance}
     return _flow_map(model, source, ConsistencyDistillation, steps, options, **rest)
 
