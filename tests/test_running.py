@@ -282,6 +282,31 @@ def test_a_budget_is_kept_by_the_recommended_solver(name, budget):
     assert own.times == fl.grids.LogSNR().times(PATHS[name], budget)
 
 
+@pytest.mark.parametrize("name", ["noise", "score"])
+def test_a_network_of_the_noise_is_not_corrected_by_what_it_says_in_pure_noise(name):
+    """Its data estimate errs by sigma/alpha: an error of 1 % in the noise is one of 150 % in the data at t = 0."""
+    path, noise = PATHS["vp"], normal(200, 2)
+    exact = mixture().model(path)
+
+    def network(x, t, **cond):
+        found = exact(x, t, **cond)
+        wrong = found.noise + 0.01 * (7.0 * x.flip(1)).sin()
+        return wrong if name == "noise" else -wrong / path(t).sigma[:, None]
+
+    model = Model(network, path, name)
+    truth = fl.sample(exact, noise, solver="vabm", steps=400, times="log_snr")
+    for budget in (4, 6, 8, 16):
+        found, seen = fl.sample(model, noise, nfe=budget), fl.convert(model, "rectified")
+        solver, grid = fl.solvers.recommended(budget, name)
+        chosen = fl.sample(seen, noise, solver=solver, steps=budget, times=grid)
+        torch.testing.assert_close(fl.sample(seen, noise, nfe=budget), chosen, rtol=0, atol=0)
+        solver, grid = fl.solvers.recommended(budget)
+        corrected = fl.sample(model, noise, solver=solver, steps=budget, times=grid)
+        assert float((found - truth).norm()) < 0.9 * float((corrected - truth).norm())
+    assert fl.solvers.recommended(8, "noise") == fl.solvers.recommended(8, fl.predictions.Noise())
+    assert fl.solvers.recommended(8, "v") == fl.solvers.recommended(8)
+
+
 def test_a_budget_and_steps_do_not_go_together():
     for given in ({"steps": 4}, {"solver": "euler"}):
         with pytest.raises(OptionError, match="nfe is 4 together with solver or steps"):

@@ -146,7 +146,7 @@ def sample(
     """
     if model.jumps and nfe is None:
         solver, steps = solver or "jump", 1 if steps is None and times is None else steps
-    solver, steps, times = _chosen(solver, steps, times, nfe)
+    solver, steps, times = _chosen(model, solver, steps, times, nfe)
     solver = suited(solver, model)
     model = inputs.guided(model, guidance)
     if solver.stochastic and not model.independent:
@@ -182,13 +182,17 @@ def sample(
         return model.normalisation.invert(report.x) if nodes[-1] == 1.0 else report.x
 
 
-def _chosen(solver: str | Solver | None, steps: Steps | None, times: Any, nfe: int | None) -> tuple[Solver, Any, Any]:
+def _chosen(
+    model: Model, solver: str | Solver | None, steps: Steps | None, times: Any, nfe: int | None
+) -> tuple[Solver, Any, Any]:
     """The solver, the steps and the times asked for, or those of a budget."""
     if nfe is None:
         return solvers.named(DEFAULT_SOLVER if solver is None else solver), steps, times
     if solver is not None or steps is not None:
         raise OptionError(f"nfe is {nfe} together with solver or steps; expected the budget alone, or those")
-    chosen, grid = solvers.recommended(nfe)
+    while hasattr(model, "source"):  # what the network itself puts out, below conversions and guidance
+        model = model.source  # type: ignore[attr-defined]
+    chosen, grid = solvers.recommended(nfe, model.prediction)
     return chosen, nfe, grid if times is None else times
 
 
@@ -305,7 +309,7 @@ def encode(
 
 def decode(model: Model, noise: Tensor, **options: Any) -> Tensor:
     """The data (B, …) of this unit-variance noise: `sample` by an ODE, the way back from `encode`. Options as there."""
-    _ode(_chosen(options.get("solver"), None, None, None)[0])
+    _ode(_chosen(model, options.get("solver"), None, None, None)[0])
     return sample(model, noise, **options)
 
 

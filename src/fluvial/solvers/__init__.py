@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+from fluvial import predictions
 from fluvial.errors import OptionError, one_of
+from fluvial.predictions import Prediction
 from fluvial.solvers.adaptive import Dopri5
 from fluvial.solvers.base import Leg, Solver
 from fluvial.solvers.correctors import AnnealedLangevin, PredictorCorrector
@@ -60,14 +62,24 @@ _NAMED: dict[str, tuple[type[Solver], dict[str, Any]]] = {
 }
 
 
-def recommended(nfe: int) -> tuple[Solver, str]:
+def recommended(nfe: int, prediction: str | Prediction | None = None) -> tuple[Solver, str]:
     """A solver and the name of a grid for a budget of network calls, by measurement (benchmarks/accuracy_per_nfe.py).
 
     An Adams method in v with correction on the clock of the rectified flow, through two values below twelve calls and
     three from there on: on any path, deterministic, one call per step.
+
+    A network that predicts the noise knows the data only to its error times sigma/alpha. What it says in pure noise
+    then is worth little, and a correction, or a third value, would make much of it: two values are taken, and below
+    twelve calls no correction.
+
+    Args:
+        nfe: the budget.
+        prediction: what the network puts out, where that is known.
     """
     if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
         raise OptionError(f"nfe is {nfe!r}; expected a whole number of network calls, 1 or more")
+    if prediction is not None and isinstance(predictions.named(prediction), predictions.Noise | predictions.Score):
+        return named("vab" if nfe < 12 else "vabm", steps=2), "flow"
     return named("vabm", steps=2 if nfe < 12 else 3), "flow"
 
 
