@@ -295,10 +295,10 @@ def _rounded(value: Any) -> Any:
 
 
 def _options(config: Mapping[str, Any], name: str = "name") -> str:
-    """{"name": "VP", "beta_min": 0.1} -> VP(beta_min=0.1); a table is not written out."""
+    """{"name": "VP", "beta_min": 0.1} -> VP(beta_min=0.1); of a table only the length, and nothing of what is None."""
+    said = {k: _options(v) if isinstance(v, Mapping) else v for k, v in config.items() if k != name and v is not None}
     options = [
-        f"{key}={_options(value) if isinstance(value, Mapping) else value}"
-        for key, value in config.items()
-        if key != name and not (isinstance(value, list) and len(value) > 8)
+        f"{len(value)} {key}" if isinstance(value, list) and len(value) > 8 else f"{key}={value}"
+        for key, value in said.items()
     ]
     return f"{config[name]}({', '.join(options)})" if name in config else ", ".join(options)
