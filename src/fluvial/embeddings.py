@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fluvial.errors import OptionError, one_of
 
-NUMBERS = ("r", "guidance")
+NUMBERS = ("r", "guidance", "level")
 
 
 class Sinusoids(nn.Module):
@@ -58,7 +58,8 @@ def _waves(t: Tensor, speeds: Tensor, blur: float) -> Tensor:
 class Told(nn.Module):
     """The sum of a label's embedding and those of numbers.
 
-    r is read as t - r, the way that is left; where it is not given there is none. A guidance that is not given is 1.
+    r is read as t - r, the way that is left; where it is not given there is none. A guidance that is not given is 1. A
+    level, the log-SNR of a lower image, is read as the rectified time that has it; where it is not given, as clean.
 
     Args:
         label: the label's embedding, if there is one.
@@ -95,6 +96,9 @@ class Told(nn.Module):
         for name, layers in self.numbers.items():
             if name == "r":
                 value = t - given[name].to(t.dtype) if name in given else torch.zeros_like(t)
+            elif name == "level":
+                # sigma/(alpha + sigma): all levels, infinite ones too, fill the clock as the times do.
+                value = self.clock * torch.sigmoid(-0.5 * given.get(name, torch.full_like(t, torch.inf)).to(t.dtype))
             else:
                 # A scale of 1 to 10 then fills the range of the features as the time does.
                 value = 0.1 * self.clock * given.get(name, torch.ones_like(t)).to(t.dtype)

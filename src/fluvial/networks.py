@@ -48,6 +48,7 @@ class UNet(nn.Module):
         attention: Sequence[bool],
         numbers: Sequence[str] = (),
         blur: float = 0.0,
+        beside: int = 0,  # channels that it sees beside those of x: see systems.cascade_network
     ):
         super().__init__()
         from diffusers.models.unets.unet_2d import UNet2DModel  # slow to import, and points never need it
@@ -61,7 +62,7 @@ class UNet(nn.Module):
         height, length = (side + extra for side, extra in zip(size, self._padding))
         self.unet = UNet2DModel(
             sample_size=height if height == length else (height, length),
-            in_channels=channels,
+            in_channels=channels + beside,
             out_channels=channels,
             block_out_channels=tuple(width * factor for factor in multipliers),
             layers_per_block=layers,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fluvial as fl
-from fluvial import paths
+from fluvial import interop, paths
 from fluvial.errors import RunError
 from fluvial.networks import MLP
 from fluvial.systems import System, folders
@@ -98,6 +98,19 @@ def test_saved_and_loaded_it_is_the_same(pair, tmp_path):
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match="holds something else"):
         fl.save(pair, tmp_path / "other")
+
+
+def test_a_system_is_described_and_converted_by_its_folder(pair, tmp_path):
+    folder = fl.save(pair, tmp_path / "pair")
+    words = fl.interop.describe(folder)
+    assert words["system"] == "pair: first, second"
+    assert (
+        words["second"]
+        == "predicts the velocity towards the data on the path Rectified(), time: t from noise 0 to data 1; samples 2"
+    )
+    assert words["by"] == "0.5"
+    interop.opening.save_converted(folder, tmp_path / "vp", "vp", "noise")
+    assert fl.load(tmp_path / "vp").models["first"].prediction.name == "noise"
 
 
 @pytest.mark.parametrize(

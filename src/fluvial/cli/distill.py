@@ -15,6 +15,7 @@ from fluvial.distill import METHODS
 from fluvial.distill.command import SOLVER, check, regress
 from fluvial.errors import FluvialError, NonFiniteError, OptionError, one_of
 from fluvial.guidance import CFG
+from fluvial.systems import stage_source
 from fluvial.training import Source
 from fluvial.training.checkpoints import CONFIG
 from fluvial.training.pairs import MANIFEST
@@ -88,7 +89,8 @@ def distill(
                 )
             else:
                 options |= {} if scale is None else {"guidance": scale}
-                METHODS[method](loaded, _source(run, loaded.shape, data, pairs), steps, **options)
+                source = stage_source(loaded, _source(run, loaded.shape, data, pairs))
+                METHODS[method](loaded, source, steps, **options)
     except NonFiniteError:
         # How it went is what now wants to be seen.
         say(f"How it went until then: {_report(out)}")

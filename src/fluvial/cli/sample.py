@@ -12,10 +12,12 @@ import torch
 import typer
 
 from fluvial import __version__, grids, interop, model, paths, sampling, sheets, solvers, training
+from fluvial.cli import system_sample
 from fluvial.cli.app import app
 from fluvial.cli.common import MODEL, console, labels, print_table, say
 from fluvial.errors import OptionError
 from fluvial.show import settings
+from fluvial.systems import System
 from fluvial.training import atomic
 
 _SOLVER = sampling.DEFAULT_SOLVER
@@ -63,14 +65,18 @@ def sample(
 
     With --compare, a grid of sheets from the same noises: --compare solver=euler,heun steps=4,8.
     """
-    if n < 1:
-        raise OptionError(f"-n is {n}; expected 1 or more samples")
     short = {"gamma": gamma, "eta": eta, "kappa": kappa}
     options = [*(option or ()), *(f"{name}={value}" for name, value in short.items() if value is not None)]
     if times is not None and grid is not None:
         raise OptionError(f"--times {times} and --grid {grid} are given; expected one of them")
     nodes = grid if times is None else settings.times(times)
     loaded = interop.load(run, weights=weights)
+    others = {"--data": data, "--json": json_file, "argument": more and " ".join(more)}
+    _require_use(n, loaded, bool(compared), npz, others)
+    if isinstance(loaded, System):
+        asked = {"solver": solver, "options": options, "steps": steps, "times": nodes, "guidance": scale, "path": path}
+        drawn = system_sample.draw(loaded, n, seed, label, {**asked, "noise": noise}, run, out or Path("samples.png"))
+        return None if npz is None else _save_npz(npz, *drawn)
     chosen = settings.solver(solver or ("jump" if loaded.jumps else _SOLVER), options)
     setting = settings.Setting(
         chosen,
@@ -84,11 +90,6 @@ def sample(
         count = times if steps is None else steps
         given = {"solver": solver or options or None, "grid": nodes, "guidance": scale, "path": path}
         axes = _axes([*compared, *(more or ())], given | {"steps": count, "nfe": count})
-    if compared and npz is not None:
-        raise OptionError("--npz cannot go with --compare; expected --json, for the figures")
-    for name, value in {"--data": data, "--json": json_file, "argument": more and " ".join(more)}.items():
-        if value is not None and not compared:
-            raise OptionError(f"{name} {value} is of no use without --compare")
     start = settings.Start(n, seed, labels(loaded, n, label), noise)
     made: dict[str, Any] = {"fluvial": __version__, "run": run, "model": training.model_hash(loaded)}
     made |= {"weights": weights, "label": label}
@@ -96,6 +97,19 @@ def sample(
         _compare(loaded, setting, axes, start, data, made, out or Path("compare.png"), json_file)
     else:
         _sample(loaded, setting, start, made, out or Path("samples.png"), npz)
+
+
+def _require_use(n: int, loaded: Any, compared: bool, npz: Path | None, others: Mapping[str, Any]) -> None:
+    """Refuses options that go with --compare only, or not with it, and less than one sample."""
+    if n < 1:
+        raise OptionError(f"-n is {n}; expected 1 or more samples")
+    if compared and isinstance(loaded, System):
+        raise OptionError("--compare is for single models; expected one of the system's own folders")
+    if compared and npz is not None:
+        raise OptionError("--npz cannot go with --compare; expected --json, for the figures")
+    for name, value in others.items():
+        if value is not None and not compared:
+            raise OptionError(f"{name} {value} is of no use without --compare")
 
 
 def _axes(texts: list[str], given: dict[str, Any]) -> settings.Axes:

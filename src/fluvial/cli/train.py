@@ -51,22 +51,40 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16.")] = "auto",
     image_size: Annotated[int | None, typer.Option(help="Resize and crop images to this.")] = None,
+    latent: Annotated[
+        Path | None, typer.Option(help="An autoencoder's folder: train on its latents; the run samples images.")
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="Of a cascade's stage: make images this small, by area.")] = None,
+    below: Annotated[
+        str | None, typer.Option("--from", help="The run of the stage below: learn to make its images larger.")
+    ] = None,
+    augmentation: Annotated[
+        str | None, typer.Option(help="With --from: log-SNR of lower images, 0..8 by default; or none.")
+    ] = None,
 ) -> None:
     """Train a model, or go on with an interrupted run: the same command resumes exactly."""
+    from fluvial.cli import autoencoder, cascade
     from fluvial.objectives import Objective
     from fluvial.show.run_report import write
 
-    source = training.open_source(data, image_size=image_size)
-    net = training.model_for(source, path=path, prediction=prediction)
+    source, folder = training.open_source(data, image_size=image_size), out
+    if latent is not None and below is not None:
+        raise OptionError(f"--latent {latent} and --from {below} are given; expected one of them")
+    source = cascade.stage_data(source, size, below, augmentation, seed)
+    if latent is not None:
+        source, folder = autoencoder.begin(latent, source, out)
+    net = cascade.model_for(source, path, prediction)
     objective = Objective(target=net.prediction, times=times, weight=weight, coupling=coupling)
     options: dict[str, Any] = {} if lr is None else {"lr": lr}
     options |= {"seed": seed, "drop_cond": drop_cond, "precision": precision}
     with interruptible():
-        run = training.train(net, source, objective, steps=steps, batch_size=batch_size, out=out, **options)
+        run = training.train(net, source, objective, steps=steps, batch_size=batch_size, out=folder, **options)
     if training.is_main_process():
         for name, reason in source.skipped:
             console.print(f"skipped {name}: {reason}", soft_wrap=True)
-        console.print(f"{run.folder}: {steps} steps done. Report: {write(out)}", soft_wrap=True)
+        console.print(f"{run.folder}: {steps} steps done. Report: {write(folder)}", soft_wrap=True)
+        if latent is not None:
+            console.print(f"Images from its latents: {autoencoder.finish(out)}", soft_wrap=True)
 
 
 @app.command()

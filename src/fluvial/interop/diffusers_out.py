@@ -138,7 +138,7 @@ def _network(network: Callable[..., Tensor]) -> tuple[Any, float]:
         network = network.inner
     if isinstance(network, DiffusersNetwork):
         return copy.deepcopy(network.inner), network.sign
-    if not isinstance(network, UNet):
+    if type(network) is not UNet:  # subclasses see more than the state
         raise OptionError(
             f"the network is a {type(network).__name__}; expected fl.networks.UNet, or one that came from diffusers"
         )

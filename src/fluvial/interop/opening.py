@@ -24,6 +24,8 @@ from fluvial.interop.card import facts, write_card
 from fluvial.interop.conventions import in_words
 from fluvial.interop.diffusers_in import from_diffusers, opened
 from fluvial.model import Model, convert
+from fluvial.systems.base import INDEX
+from fluvial.training.atomic import read_json
 from fluvial.training.checkpoints import WEIGHTS, read_config
 from fluvial.training.pairs import MANIFEST
 
@@ -78,7 +80,7 @@ from_pretrained = load
 
 
 def describe(source: Source, *, revision: str | None = None, token: str | None = None) -> dict[str, str]:
-    """A model in words, of a folder or on the hub: what each thing is called, and what it is.
+    """A model or system in words, of a folder or on the hub: what each thing is called, and what it is.
 
     Of a folder of diffusers' no weights are read, and none are downloaded. A folder of pairs is described too.
 
@@ -94,9 +96,21 @@ def describe(source: Source, *, revision: str | None = None, token: str | None =
         first, *rest = training.describe(folder).items()
         convention = in_words(Convention.from_config(read_config(folder)["convention"]))
         return dict([first, ("convention", convention), *rest])
+    if found.kind == folders.SYSTEM:
+        return _describe_system(hub.local(source, revision, token))
     words = {key.lower(): value for key, value in facts(from_diffusers(opened(folder, weights=False))).items()}
     what = f"a {found.name}" if found.kind == folders.PIPELINE else f"a {found.name} with its scheduler"
     return {"model": f"{what} of diffusers'", **{key: value.replace("`", "") for key, value in words.items()}}
+
+
+def _describe_system(folder: Path) -> dict[str, str]:
+    index = read_json(folder / INDEX)
+    parts = {}
+    for name in index["models"]:
+        convention = Convention.from_config(read_config(folder / name)["convention"])
+        parts[name] = f"{in_words(convention)}; samples {' x '.join(map(str, convention.shape or ('of any shape',)))}"
+    settings = {key.replace("_", " "): str(value) for key, value in index["settings"].items()}
+    return {"system": f"{index['system']}: {', '.join(index['models'])}", **parts, **settings}
 
 
 def save_converted(source: Source, out: Source, path: Any = None, prediction: Any = None) -> Model:
@@ -104,7 +118,7 @@ def save_converted(source: Source, out: Source, path: Any = None, prediction: An
     folder = hub.local(source)
     if folders.layout(folder).kind == folders.MODEL:
         return training.convert_run(folder, out, path, prediction)
-    converted = convert(from_diffusers(folder), path, prediction)
+    converted = convert(load(folder), path, prediction)
     training.save(converted, out)
     return converted
 

@@ -25,6 +25,7 @@ from fluvial.errors import RunError
 from fluvial.model import Model
 from fluvial.predictions import Prediction
 from fluvial.training import atomic
+from fluvial.training.checkpoints import STATE
 
 INDEX = "system.json"
 
@@ -107,6 +108,8 @@ class System(ABC):
         folder = Path(folder)
         if folder.exists() and not (folder / INDEX).is_file() and (not folder.is_dir() or any(folder.iterdir())):
             raise RunError(f"{folder} holds something else; expected a new folder, or one of a system")
+        for run in sorted(folder.glob(f"*/{STATE}")):
+            raise RunError(f"{folder} holds a training run, {run.parent.name}; expected a new folder")
 
         def write(unfinished: Path) -> None:
             for name, model in self.models.items():

@@ -9,9 +9,12 @@ from typing import Any
 from fluvial import training
 from fluvial.errors import RunError
 from fluvial.systems.base import INDEX, System
+from fluvial.systems.cascade import Cascade
+from fluvial.systems.latent import Latent
+from fluvial.systems.unclip import UnCLIP
 from fluvial.training import atomic
 
-KINDS: dict[str, type[System]] = {}
+KINDS: dict[str, type[System]] = {"cascade": Cascade, "latent": Latent, "unclip": UnCLIP}
 
 
 def load(folder: str | os.PathLike[str]) -> Any:

@@ -56,13 +56,15 @@ def prepare(rows: Rows, model: Model, objective: Objective, seed: int, drop_cond
 
 
 def dropped(cond: Rows, model: Model, index: Tensor, seed: int, share: float) -> Rows:
-    """The conditions, all those of a sample replaced by the null ones for this share of the samples."""
+    """The conditions, those of a sample that have a null one all replaced by it for this share of the samples."""
     if not cond or not model.null or not share:
         return cond
     drop = random.uniform(index, (), seed, stream=random.DROP, device=index.device) < share  # (B,)
     null = fill_null(model.null, index)
     return {
         name: torch.where(drop.reshape(-1, *[1] * (value.ndim - 1)), null[name].to(value.dtype), value)
+        if name in null
+        else value
         for name, value in cond.items()
     }
 

@@ -26,7 +26,14 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from fluvial.errors import OptionError, RunError
 
 # Modules of networks that have a `config()`. Those of rooms above are known by name alone.
-HOMES = ("fluvial.networks", "fluvial.interop.diffusers_networks", "fluvial.interop.edm")
+HOMES = (
+    "fluvial.networks",
+    "fluvial.systems.autoencoder_networks",
+    "fluvial.systems.cascade_network",
+    "fluvial.systems.unclip_networks",
+    "fluvial.interop.diffusers_networks",
+    "fluvial.interop.edm",
+)
 
 _SPARE = 2**26  # numbers that a network may keep beside those that are saved: positions, masks
 

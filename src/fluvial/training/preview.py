@@ -28,10 +28,12 @@ def draw(model: Model, source: Source, first: Rows, seed: int, step: int, path: 
     """
     if len(source.shape) > 3:
         return  # there is no sheet of films
-    classes = source.num_classes if "label" in source.conditions else None
+    others = [name for name in source.conditions if name not in ("label", *COUPLED)]
+    # A class in turn would not be that of a row's other conditions.
+    classes = source.num_classes if "label" in source.conditions and not others else None
     count, columns = _size(source.shape, classes)
-    count = min([count, *(len(first[name]) for name in source.conditions if name not in ("label", *COUPLED))])
-    cond = {name: first[name][:count] for name in source.conditions if name not in ("label", *COUPLED)}
+    count = min([count, *(len(first[name]) for name in others)])
+    cond = {name: first[name][:count] for name in source.conditions if name not in COUPLED}
     if classes:
         cond["label"] = torch.arange(count) % classes
     solver, budgets = _how(model)

@@ -44,9 +44,11 @@ class Source(ABC):
         skipped: (file, reason) of every image that could not be read; it grows if one is found only later.
         waits: whether a batch waits for a disk: it is then read while the network computes. One that computes would
             only take a processor's threads from the network.
+        kept: the conditions that training never drops, whatever the model's null condition says.
     """
 
     waits = True
+    kept: tuple[str, ...] = ()
 
     def __init__(
         self,

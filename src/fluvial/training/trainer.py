@@ -129,7 +129,8 @@ def adopt(model: Model, source: Source, objective: Objective, drop_cond: float) 
             f'coupling is {objective.coupling!r}, and {source.name} has {has}; expected "pairs" with a source that '
             'gives "noise" beside its data, and with no other'
         )
-    nameless = [name for name in source.conditions if name not in (model.null or {}) and name not in COUPLED]
+    always = (*COUPLED, *source.kept)
+    nameless = [name for name in source.conditions if name not in (model.null or {}) and name not in always]
     if nameless and drop_cond > 0:
         raise OptionError(
             f"drop_cond is {drop_cond}, and the model has no null condition for {nameless[0]!r}; expected "
