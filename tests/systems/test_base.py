@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import fluvial as fl
-from fluvial import interop, paths
-from fluvial.errors import RunError
+from fluvial import cli, interop, paths
+from fluvial.cli.common import one_model
+from fluvial.errors import OptionError, RunError
 from fluvial.networks import MLP
 from fluvial.systems import System, folders
 from fluvial.systems.base import options_of
@@ -128,3 +129,13 @@ def test_a_damaged_index_is_one_error(pair, tmp_path, text, said):
     with pytest.raises(RunError, match=said) as caught:
         fl.load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("job", ["distill", "straighten", "pairs", "diagnose", "evaluate"])
+def test_commands_of_one_model_name_the_parts_of_a_system(pair, tmp_path, job):
+    folder = fl.save(pair, tmp_path / "pair")
+    with pytest.raises(OptionError, match="is a system") as caught:
+        one_model(folder)
+    assert f"(pair); expected one model: {folder / 'first'}, {folder / 'second'}" in str(caught.value)
+    assert job in cli.__all__
+    assert getattr(cli, job).one_model is one_model

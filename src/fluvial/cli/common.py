@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fluvial import training
+from fluvial import interop, training
 from fluvial.errors import OptionError
 from fluvial.interop import folders
 from fluvial.model import Model
+from fluvial.systems import System
 from fluvial.training.checkpoints import read_config
 
 console = Console()
@@ -35,6 +36,15 @@ def print_table(header: list[str], rows: list[list[Any]], title: str | None = No
     for row in rows:
         table.add_row(*map(str, row))
     console.print(table)
+
+
+def one_model(run: str | Path, weights: str = "ema") -> Model:
+    """The model of a run, or of elsewhere; of a system the parts are named that would do."""
+    loaded = interop.load(run, weights=weights)
+    if isinstance(loaded, System):
+        parts = ", ".join(str(Path(run) / name) for name in loaded.models)
+        raise OptionError(f"{run} is a system ({loaded.kind}); expected one model: {parts}")
+    return loaded
 
 
 def described(run: str | Path) -> dict[str, Any]:

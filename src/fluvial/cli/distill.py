@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fluvial import interop, solvers, training
+from fluvial import solvers, training
 from fluvial.cli.app import app
-from fluvial.cli.common import MODEL, console, described, interruptible, say
+from fluvial.cli.common import MODEL, console, described, interruptible, one_model, say
 from fluvial.distill import METHODS
 from fluvial.distill.command import SOLVER, check, regress
 from fluvial.errors import FluvialError, NonFiniteError, OptionError, one_of
@@ -75,7 +75,7 @@ def distill(
     options |= {name: value for name, value in (("lr", lr), ("solver", solver), ("distance", distance)) if value}
     options |= {"taught": False} if no_teacher else {}
     check(method, out, {"steps": steps, **options})
-    loaded = interop.load(run, weights=weights)
+    loaded = one_model(run, weights)
     try:
         with interruptible():
             if own_pairs:

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from fluvial import grids, interop, solvers, training
+from fluvial import grids, solvers, training
 from fluvial.cli.app import app
-from fluvial.cli.common import MODEL, console, described, say
+from fluvial.cli.common import MODEL, console, described, one_model, say
 from fluvial.errors import OptionError, one_of
 from fluvial.measure.features import NAMES
 from fluvial.training import Source
@@ -57,7 +57,7 @@ def evaluate(
     if grid is not None and grid not in grids.names():
         raise one_of("grid", grid, grids.names())
     names = _names(runs)
-    models = {name: interop.load(run, weights=weights) for name, run in zip(names, runs)}
+    models = {name: one_model(run, weights) for name, run in zip(names, runs)}
     source = _source(data, runs, next(iter(models.values())).shape)
     with console.status("sampling") as status:
         found = job.evaluate(

@@ -8,9 +8,9 @@ from typing import Annotated
 import torch
 import typer
 
-from fluvial import grids, interop, model, paths, sampling, training
+from fluvial import grids, model, paths, sampling, training
 from fluvial.cli.app import app
-from fluvial.cli.common import MODEL, interruptible
+from fluvial.cli.common import MODEL, interruptible, one_model
 from fluvial.guidance import CFG
 from fluvial.show import settings
 
@@ -40,7 +40,7 @@ def pairs(
     weights: Annotated[str, typer.Option(help="ema or raw.")] = "ema",
 ) -> None:
     """Make pairs of noise and data with a run, or go on with a folder of them: the same command resumes exactly."""
-    loaded = interop.load(run, weights=weights)
+    loaded = one_model(run, weights)
     if path is not None:
         loaded = model.convert(loaded, path=paths.named(path))
     device = torch.accelerator.current_accelerator()

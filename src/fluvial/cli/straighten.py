@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fluvial import interop, solvers, training
+from fluvial import solvers, training
 from fluvial.cli.app import app
-from fluvial.cli.common import MODEL, console, interruptible, say
+from fluvial.cli.common import MODEL, console, interruptible, one_model, say
 from fluvial.errors import OptionError
 from fluvial.guidance import CFG
 
@@ -49,7 +49,7 @@ def straighten(
     from fluvial.straighten import rounds as straightened
 
     options: dict[str, Any] = {} if lr is None else {"lr": lr}
-    loaded = interop.load(run, weights=weights)
+    loaded = one_model(run, weights)
     with interruptible():
         made = straightened(
             loaded, n, rounds, out=out, segments=_segments(segments), straighten=_which(which), solver=solver,

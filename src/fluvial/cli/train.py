@@ -103,7 +103,8 @@ def convert(
     paths.named(path or "rectified")
     predictions.named(prediction or "velocity")
     converted = save_converted(run, out, path, prediction)
-    console.print(f"{out}: {converted.path}, predicting {converted.prediction.name}", soft_wrap=True)
+    for part in getattr(converted, "models", {"": converted}).values():
+        console.print(f"{out}: {part.path}, predicting {part.prediction.name}", soft_wrap=True)
 
 
 @app.command()
