@@ -66,9 +66,6 @@ def resolve(
     return values
 
 
-_ROUNDING = 1e-12
-
-
 def _listed(times: Any) -> list[float]:
     """The user's own times, checked."""
     try:
@@ -78,8 +75,6 @@ def _listed(times: Any) -> list[float]:
             f"times is a {type(times).__name__} that is no list of numbers; expected a grid such as fl.grids.Karras(), "
             "its name, or a list or 1-D tensor of rising times"
         ) from None
-    # A sum of steps misses 1 by its rounding, and a run would end at 1 - 1e-16, where no landing is made.
-    values = [1.0 if abs(t - 1.0) < _ROUNDING else t for t in values]
     if len(values) < 2 or not all(0.0 <= t <= 1.0 for t in values):
         raise OptionError(f"times is {_short(values)}; expected at least two numbers in [0, 1] (0 noise, 1 data)")
     if any(later <= earlier for earlier, later in pairwise(values)):
