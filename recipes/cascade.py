@@ -4,10 +4,10 @@
     python recipes/cascade.py mnist.npz --sizes 7,14,28 --out cascade
 
 Trains a base and the stages above it, once with conditioning augmentation and once without; and a single model of the
-largest images, of as many parameters x pixels, for as many seconds. Squared Frechet distances to the real data, on the
-features of a classifier of the same data: of the single model; of the cascade over levels of log-SNR in sampling, its
-lower images re-noised, or the lower stages stopped early at the same level; and with its last stage distilled to one
-step. All from the same noises of the base, with the same number of network calls a stage.
+largest images, of as many parameters x pixels, for as much time of the processor. Squared Frechet distances to the
+real data, on the features of a classifier of the same data: of the single model; of the cascade over levels of log-SNR
+in sampling, its lower images re-noised, or the lower stages stopped early at the same level; and with its last stage
+distilled to one step. All from the same noises of the base, with the same number of network calls a stage.
 
 Any images with labels will do: a name or a folder that `fluvial train` takes, or a .npz file of images and labels. It
 goes on where it was stopped. --share scales all training.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,10 @@ import torch
 import fluvial as fl
 from fluvial import measure, networks, sheets, systems, training
 from fluvial.systems.upsampling import shrink
-from fluvial.training.runs import RunFolder
 
 STEPS, BATCH, WIDTH = 3000, 64, 32
-LEVELS = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, math.inf)
-STOPPED = (2.0, 3.0, 4.0, 5.0, 6.0, 7.0)  # levels at which the lower stages are stopped early
+LEVELS = (0.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, math.inf)
+STOPPED = (2.0, 3.0, 4.0, 5.0, 6.0)  # levels at which the lower stages are stopped early
 PART = 250  # samples at a time
 
 
@@ -48,16 +48,27 @@ def opened(spec: str) -> training.Source:
     return training.open_source(spec)
 
 
-def seconds(folder: Path) -> float:
-    """How long a run was trained."""
-    run = RunFolder(folder)
-    return run.metrics(run.step() or 0)[-1]["seconds"]
+def made_for(source: Any, width: int = WIDTH) -> fl.Model:
+    """A stage, or a single model, untrained."""
+    make = systems.stage_model if isinstance(source, systems.StageSource) else training.model_for
+    return make(source, width=width)
+
+
+def step_seconds(source: Any, width: int = WIDTH) -> float:
+    """Processor time of one training step."""
+    model, how = made_for(source, width), {"batch_size": BATCH, "precision": "fp32", "progress": False}
+    times = []
+    for steps in (1, 2, 12):  # the first to warm up
+        began = time.process_time()
+        fl.train(model, source, steps=steps, **how)
+        times.append(time.process_time() - began)
+    return max(times[2] - times[1], 0.3 * times[2]) / 10
 
 
 def trained(source: Any, folder: Path, steps: int, width: int = WIDTH) -> fl.Model:
     """A stage, or a single model, on its data."""
-    make = systems.stage_model if isinstance(source, systems.StageSource) else training.model_for
-    return fl.train(make(source, width=width), source, steps=steps, batch_size=BATCH, out=folder, precision="fp32").ema
+    model = made_for(source, width)
+    return fl.train(model, source, steps=steps, batch_size=BATCH, out=folder, precision="fp32", schedule="cosine").ema
 
 
 def load_of(model: fl.Model) -> float:
@@ -78,16 +89,15 @@ def width_for(source: training.Source, load: float) -> int:
     return min(range(8, 129, 8), key=off)
 
 
-def single(source: training.Source, load: float, budget: float, folder: Path) -> fl.Model:
-    """A single model of this load, trained for this many seconds."""
-    width, probe = width_for(source, load), 20
-    state = RunFolder(folder)
-    if (state.step() or 0) <= probe:
-        trained(source, folder, probe, width)
-        steps = max(probe + 1, round(probe * budget / seconds(folder)))
-    else:
-        steps = json.loads((folder / "config.json").read_text())["training"]["steps"]
-    return trained(source, folder, steps, width)
+def single(source: training.Source, data: list[Any], load: float, steps: int, folder: Path) -> dict[str, Any]:
+    """A single model of this load, trained for the time that the stages take on their data."""
+    width, cost = width_for(source, load), folder.parent / "cost.json"
+    if not cost.exists():  # kept, as times differ a little and a run's steps may not
+        stages, alone = sum(map(step_seconds, data)), step_seconds(source, width)
+        told = {"seconds": steps * stages, "step": alone, "steps": max(2, round(steps * stages / alone))}
+        cost.write_text(json.dumps(told))
+    told = json.loads(cost.read_text())
+    return {**told, "model": trained(source, folder, told["steps"], width)}
 
 
 class Judge:
@@ -99,7 +109,8 @@ class Judge:
         self.classifier = measure.train_classifier(rows["data"], rows["label"])
         self.real, self.labels = self.classifier.features(rows["data"]), torch.arange(n) % (source.num_classes or 1)
         floor = measure.real_floor(measure.frechet, self.real, len(self.real) // 2, labels=rows["label"])
-        self.floor = floor.mean * floor.n / 2 * (1 / n + 1 / len(self.real))
+        share = floor.n / 2 * (1 / n + 1 / len(self.real))
+        self.floor, self.floor_std = floor.mean * share, floor.std * share
 
     def draw(self, sample: Callable[..., Any]) -> Any:
         """sample(n, first, label) in parts: tensors, or those of all stages by name."""
@@ -153,17 +164,16 @@ def shown(level: float | None) -> str:
     return "" if level is None else "clean" if level == math.inf else f"{level:g}"
 
 
-def stages(source: training.Source, sizes: list[int], out: Path, share: float) -> dict[str, list[fl.Model]]:
-    """The base, and the stages above it with and without augmentation."""
-    steps = max(2, round(STEPS * share))
-    base = trained(systems.StageSource(source, sizes[0]), out / "base", steps)
-    made: dict[str, list[fl.Model]] = {}
-    for name, augmentation in (("augmented", systems.Augmentation()), ("plain", None)):
-        made[name] = [base]
-        for k in range(1, len(sizes)):
-            data = systems.StageSource(source, sizes[k], low=sizes[k - 1], augmentation=augmentation)
-            made[name].append(trained(data, out / f"up{k}-{name}", steps))
-    return made
+def stages(source: training.Source, sizes: list[int], out: Path, steps: int) -> tuple[list[Any], dict[str, list[Any]]]:
+    """The data of the stages; the base, and the stages above it with and without augmentation."""
+    data = [systems.StageSource(source, size, low=low) for size, low in zip(sizes, [None, *sizes])]
+    base = trained(data[0], out / "base", steps)
+    made: dict[str, list[Any]] = {"augmented": [base], "plain": [base]}
+    for k in range(1, len(sizes)):
+        made["augmented"].append(trained(data[k], out / f"up{k}-augmented", steps))
+        clean = systems.StageSource(source, sizes[k], low=sizes[k - 1], augmentation=None)
+        made["plain"].append(trained(clean, out / f"up{k}-plain", steps))
+    return data, made
 
 
 def from_real(cascade: systems.Cascade, source: training.Source, judge: Judge, sizes: list[int], nfe: int, seed: int):
@@ -209,20 +219,20 @@ def main() -> None:
     if sizes[-1] != source.shape[-1]:
         source = systems.StageSource(source, sizes[-1])
     whole = source.source if isinstance(source, systems.StageSource) else source
-    models = stages(whole, sizes, given.out, given.share)
-    names = ["base", *(f"up{k}-augmented" for k in range(1, len(sizes)))]
-    budget, load = sum(seconds(given.out / name) for name in names), sum(map(load_of, models["augmented"]))
-    alone = single(source, load, budget, given.out / "single")
+    steps = max(2, round(STEPS * given.share))
+    stage_data, models = stages(whole, sizes, given.out, steps)
+    load = sum(map(load_of, models["augmented"]))
+    alone = single(source, stage_data, load, steps, given.out / "single")
     # The last stage in one step: its data bring their lower images along.
     upper, folder = models["augmented"][-1], given.out / f"up{len(sizes) - 1}-one-step"
     data = systems.stage_source(upper, whole)
-    steps = max(2, round(1000 * given.share))
-    one = fl.distill.consistency(upper, data, steps, out=folder, batch_size=BATCH, precision="fp32")
+    few = max(2, round(1000 * given.share))
+    one = fl.distill.consistency(upper, data, few, out=folder, batch_size=BATCH, precision="fp32")
 
     judge = Judge(source, given.n)
     table, nfe = Table(judge, given.seed), given.nfe
     cascade, plain = systems.Cascade(models["augmented"]), systems.Cascade(models["plain"])
-    made = {"single model": table.add("single model", None, alone, nfe=nfe)}
+    made = {"single model": table.add("single model", None, alone["model"], nfe=nfe)}
     made["not augmented"] = table.add("cascade, not augmented", math.inf, plain, nfe=nfe)
     for level in LEVELS:
         made[f"at {shown(level)}"] = table.add("cascade", level, cascade, nfe=nfe, level=level)
@@ -237,21 +247,22 @@ def main() -> None:
     made["last in one step"] = table.add("cascade, last stage one step", best, fast, **how)
     facts = {
         "data": given.data, "sizes": sizes, "n": given.n, "nfe": nfe, "seed": given.seed, "share": given.share,
-        "floor": judge.floor, "classifier": judge.classifier.description, "seconds": budget,
-        "single_seconds": seconds(given.out / "single"), "load": load, "single_load": load_of(alone),
+        "floor": judge.floor, "classifier": judge.classifier.description, "load": load,
+        "floor_std": judge.floor_std, "single_load": load_of(alone["model"]), "steps": steps,
+        "seconds": alone["seconds"], "single_steps": alone["steps"],
         "best": shown(best), **from_real(cascade, whole, judge, sizes, nfe, given.seed),
     }  # fmt: skip
     draw_sheets(given.out, made, source, facts)
     fl.save(cascade, given.out / "cascade")
     (given.out / "results.json").write_text(json.dumps({**facts, "rows": table.rows}, indent=1))
     (given.out / "table.md").write_text(table.text())
-    print(f"\n{table.text()}\nfloor {judge.floor:.3f}")
+    print(f"\n{table.text()}\nfloor {judge.floor:.3f} +- {judge.floor_std:.3f}")
     print(
         f"from real small images {facts['from_real']:.3f} (those at full size: {facts['themselves']:.3f}); area ",
         end="",
     )
     print(f"averages of what comes out are {facts['moved']:.3f} of the data's deviation away from them")
-    print(f"seconds {budget:.0f} against {facts['single_seconds']:.0f}, load {load:.3g} against {load_of(alone):.3g}")
+    print(f"{facts['seconds']:.0f} s of one processor each; load {load:.3g} against {facts['single_load']:.3g}")
 
 
 if __name__ == "__main__":

@@ -122,6 +122,7 @@ def rate_and_distortion(made: Any, judge: Judge) -> dict[str, float]:
     return {
         "rate": float(made.rate(images).mean()),
         "rmse": float((back - images).square().mean().sqrt()) / span,
+        "psnr": float(-10 * ((back - images) / span).square().flatten(1).mean(1).log10().mean()),
         "recognised": measure.share_recognised(judge.classifier, back, labels),
         "of_images": measure.share_recognised(judge.classifier, images, labels),
         "frechet": measure.frechet(judge.classifier.features(back), judge.real[half:]),
@@ -225,13 +226,14 @@ def draw_generation(
 def written(found: dict[str, Any]) -> str:
     """The results as Markdown."""
     lines = [
-        "| KL weight | bits/dim | RMSE | read of decoded | Fréchet of decoded (half to half) | Fréchet of generated |",
-        "|---" * 6 + "|",
+        "| KL weight | bits/dim | RMSE | PSNR, dB | read of decoded | Fréchet of decoded (half to half) "
+        "| Fréchet of generated |",
+        "|---" * 7 + "|",
     ]
     for weight, entry in found["rate_distortion"].items():
         made = found["models"][f"latent {weight}"]
-        lines.append(f"| {weight} | {entry['rate']:.3g} | {entry['rmse']:.3g} | {entry['recognised']:.1%} | "
-                     f"{entry['frechet']:.3g} | {made['frechet']:.3g} |")  # fmt: skip
+        lines.append(f"| {weight} | {entry['rate']:.3g} | {entry['rmse']:.3g} | {entry['psnr']:.1f} | "
+                     f"{entry['recognised']:.1%} | {entry['frechet']:.3g} | {made['frechet']:.3g} |")  # fmt: skip
     lines += ["", "| model | Fréchet | read | samples/s of processor | training steps |", "|---" * 5 + "|"]
     for name, entry in found["models"].items():
         lines.append(
