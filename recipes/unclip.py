@@ -1,8 +1,8 @@
 """Images from words by way of CLIP embeddings: does the detour pay, and what does it keep?
 
     python recipes/unclip.py --out unclip                                   # the digits inside scikit-learn, 8x8
-    python recipes/unclip.py --out unclip --mnist mnist.npz --side 14       # train_x train_y test_x test_y
-    python recipes/unclip.py --out unclip --tiles tiles.npz                 # rgba, caption and path of each
+    python recipes/unclip.py --out unclip --mnist mnist.npz                 # train_x train_y test_x test_y, to 14x14
+    python recipes/unclip.py --out unclip --tiles tiles.npz                 # rgba, caption and path of each, to 16x16
 
 Of each data set: a small CLIP, a prior and a decoder, and beside them a decoder that sees the text alone, of the same
 size and as many steps. Digits are captioned by their labels, some combinations of words being kept for the test; a
@@ -88,10 +88,10 @@ def digits(mnist: str | None, side: int, n: int) -> Problem:
     return Problem(source.name, source, train[1], *test, learned, asked, steps, {}, {"width": 32})
 
 
-def tiles(path: str, n: int) -> Problem:
+def tiles(path: str, side: int, n: int) -> Problem:
     """Pixel art with the words of its file names; classes are the commonest folders, the test a tenth of all."""
     with numpy.load(path, allow_pickle=False) as file:
-        data = on_white(torch.from_numpy(file["rgba"]).movedim(-1, 1)).float() / 255
+        data = F.adaptive_avg_pool2d(on_white(torch.from_numpy(file["rgba"]).movedim(-1, 1)).float() / 255, side)
         captions, places = file["caption"].astype(str).tolist(), [str(p).split("/")[0] for p in file["path"]]
     names, counts = numpy.unique(places, return_counts=True)
     # What lies in "UNUSED" has nothing in common to be seen.
@@ -226,15 +226,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--mnist")
-    parser.add_argument("--side", type=int, default=14, help="of MNIST's images, shrunk")
+    parser.add_argument("--side", type=int, help="of the images, shrunk: 14 of MNIST's, 16 of tiles")
     parser.add_argument("--tiles")
     parser.add_argument("--share", type=float, default=1.0, help="of the training steps")
     parser.add_argument("--batch-size", type=int, default=128, help="of the decoders")
     parser.add_argument("-n", type=int, default=500, help="samples behind every figure")
     given = parser.parse_args()
-    problems = [tiles(given.tiles, given.n)] if given.tiles else []
+    problems = [tiles(given.tiles, given.side or 16, given.n)] if given.tiles else []
     if given.mnist or not problems:
-        problems.insert(0, digits(given.mnist, given.side, given.n))
+        problems.insert(0, digits(given.mnist, given.side or 14, given.n))
     for problem in problems:
         out = given.out / problem.name.replace(" ", "-")
         system, plain = trained(problem, out, given.share, given.batch_size)
