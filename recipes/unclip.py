@@ -4,10 +4,10 @@
     python recipes/unclip.py --out unclip --mnist mnist.npz                 # train_x train_y test_x test_y, to 14x14
     python recipes/unclip.py --out unclip --tiles tiles.npz                 # rgba, caption and path of each, to 16x16
 
-Of each data set: a small CLIP, a prior and a decoder, and beside them a decoder that sees the text alone, of the same
-size and as many steps. Digits are captioned by their labels, some combinations of words being kept for the test; a
-tenth of the tiles is kept for it. Measured: CLIP without training for it (zero-shot); whether a classifier that knows
-nothing of captions recognises what was asked for, and the squared Fréchet distance on its features, for several
+Of each data set: a small CLIP, a prior of each kind and a decoder, and beside them a decoder that sees the text alone,
+of the same size and as many steps. Digits are captioned by their labels, some combinations of words being kept for the
+test; a tenth of the tiles is kept for it. Measured: CLIP without training for it (zero-shot); whether a classifier that
+knows nothing of captions recognises what was asked for, and the squared Fréchet distance on its features, for several
 guidances; whether variations keep the class. Parts that are finished are not trained again.
 """
 
@@ -17,6 +17,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class Problem:
         images, labels: kept for the test, (n, C, H, W) and (n,).
         prompts: what each class is called, for CLIP without training for it.
         asked: captions to draw and the class each means, by where they come from.
-        steps: of CLIP, the prior, and each decoder.
+        steps: of CLIP, the prior, each decoder, and the autoregressive prior.
         clip, decoder: their sizes.
     """
 
@@ -57,7 +58,7 @@ class Problem:
     labels: Tensor
     prompts: list[list[str]]
     asked: dict[str, tuple[list[str], Tensor]]
-    steps: tuple[int, int, int]
+    steps: tuple[int, int, int, int]
     clip: dict[str, Any]
     decoder: dict[str, Any]
 
@@ -83,7 +84,7 @@ def digits(mnist: str | None, side: int, n: int) -> Problem:
     kinds = {"as in training": learned, "combinations kept for the test": held, "new phrases": phrases(DIGITS, NEW)}
     asked = {name: (caption_labels(label, words, seed=9), label) for name, words in kinds.items()}
     small = mnist is None
-    steps = (600, 4000, 1500) if small else (1500, 6000, 4000)
+    steps = (600, 4000, 1500, 2000) if small else (1500, 6000, 4000, 2000)
     source = systems.Captioned(told, caption_labels(train[1], learned), name="digits" if small else f"mnist {side}")
     return Problem(source.name, source, train[1], *test, learned, asked, steps, {}, {"width": 32})
 
@@ -109,7 +110,7 @@ def tiles(path: str, side: int, n: int) -> Problem:
     sizes = {"dim": 128, "width": 128}
     # A class is called what some of its tiles are.
     prompts = [[captions[i] for i in train[label[train] == k][:50].tolist()] for k in range(len(known))]
-    steps = (3000, 12_000, 5000)
+    steps = (3000, 12_000, 5000, 3000)
     return Problem("tiles", source, label[train], data[test], label[test], prompts, asked, steps, sizes, {"width": 48})
 
 
@@ -119,16 +120,19 @@ def judge_of(problem: Problem) -> measure.Classifier:
     return measure.train_classifier(problem.source.batch(rows)["data"], problem.train_labels[rows], epochs=8)
 
 
-def trained(problem: Problem, out: Path, share: float, batch: int) -> tuple[UnCLIP, Any]:
-    """unCLIP, and the decoder that sees the text alone."""
-    first, second, third = (max(2, round(steps * share)) for steps in problem.steps)
+def trained(problem: Problem, out: Path, share: float, batch: int) -> tuple[dict[str, UnCLIP], Any]:
+    """unCLIP under either prior, and the decoder that sees the text alone."""
+    first, second, third, fourth = (max(2, round(steps * share)) for steps in problem.steps)
     clip = systems.train_clip(problem.source, out / "clip", first, **problem.clip)
     data = systems.embedded(problem.source, clip)
     prior = systems.train_prior(data, out / "prior", second)
     how: dict[str, Any] = {"batch_size": batch, **problem.decoder}
     decoder = systems.train_decoder(data, out / "decoder", third, **how)
     plain = systems.train_decoder(data, out / "text-only", third, sees=("text",), **how)
-    return UnCLIP(prior.ema, decoder.ema, clip), systems.with_null(plain.ema)
+    chain = systems.train_autoregressive_prior(data, out / "autoregressive", fourth)
+    both = {"prior and decoder": UnCLIP(prior.ema, decoder.ema, clip)}
+    both["autoregressive prior and decoder"] = UnCLIP(chain.ema, decoder.ema, clip)
+    return both, systems.with_null(plain.ema)
 
 
 def in_parts(n: int, draw: Callable[[slice], Tensor]) -> Tensor:
@@ -136,8 +140,11 @@ def in_parts(n: int, draw: Callable[[slice], Tensor]) -> Tensor:
     return torch.cat([draw(slice(at, min(at + 250, n))) for at in range(0, n, 250)])
 
 
-def measured(problem: Problem, system: UnCLIP, plain: Any, judge: measure.Classifier, out: Path) -> dict[str, Any]:
+def measured(
+    problem: Problem, both: dict[str, UnCLIP], plain: Any, judge: measure.Classifier, out: Path
+) -> dict[str, Any]:
     """All figures of a data set; writes the sheets."""
+    system = both["prior and decoder"]
     low, high = float(problem.images.min()), float(problem.images.max())
     real = judge.features(problem.images)
     rows = fl.random.permutation(len(problem.source), seed=2)[: len(problem.images)]
@@ -152,13 +159,13 @@ def measured(problem: Problem, system: UnCLIP, plain: Any, judge: measure.Classi
         print(found[-1], flush=True)
 
     for number, (kind, (texts, labels)) in enumerate(problem.asked.items()):
-        for prior, decoder in SCALES if number == 0 else SCALES[-1:]:
+        for (name, arm), (prior, decoder) in product(both.items(), SCALES if number == 0 else SCALES[-1:]):
             guide = {"prior": CFG(prior), "decoder": CFG(decoder)}
 
-            def draw(part: slice, guide: Any = guide, texts: list[str] = texts) -> Tensor:
-                return system.draw(texts[part], guidance=guide, seed=1, first=part.start, **HOW)
+            def draw(part: slice, arm: UnCLIP = arm, guide: Any = guide, texts: list[str] = texts) -> Tensor:
+                return arm.draw(texts[part], guidance=guide, seed=1, first=part.start, **HOW)
 
-            row("prior and decoder", kind, in_parts(len(texts), draw), labels, prior=prior, decoder=decoder)
+            row(name, kind, in_parts(len(texts), draw), labels, prior=prior, decoder=decoder)
         for scale in (1.0, 2.0) if number == 0 else (2.0,):
 
             def alone(part: slice, scale: float = scale, texts: list[str] = texts) -> Tensor:
@@ -237,11 +244,11 @@ def main() -> None:
         problems.insert(0, digits(given.mnist, given.side or 14, given.n))
     for problem in problems:
         out = given.out / problem.name.replace(" ", "-")
-        system, plain = trained(problem, out, given.share, given.batch_size)
-        found = measured(problem, system, plain, judge_of(problem), out)
+        both, plain = trained(problem, out, given.share, given.batch_size)
+        found = measured(problem, both, plain, judge_of(problem), out)
         (out / "figures.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         print(table(found), flush=True)
-        fl.save(system, out / "system")
+        fl.save(both["prior and decoder"], out / "system")
 
 
 if __name__ == "__main__":

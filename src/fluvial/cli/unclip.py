@@ -28,7 +28,8 @@ Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
 Clip = Annotated[str, typer.Argument(help="A folder of train-clip, one of transformers', or owner/name on the hub.")]
 OutRun = Annotated[Path, typer.Option(help="The run folder; an existing one is resumed.")]
 Rate = Annotated[float | None, typer.Option(help="Learning rate.")]
-Path_ = Annotated[str, typer.Option("--path", help="rectified, cosine, vp, subvp, ve, edm.")]
+PATHS = "rectified, cosine, vp, subvp, ve, edm"
+Path_ = Annotated[str, typer.Option("--path", help=f"{PATHS}.")]
 
 
 def _source(data: str, words: str | None, image_size: int | None) -> systems.Captioned:
@@ -67,15 +68,23 @@ def train_prior(
     batch_size: Batch = 128,
     seed: Seed = 0,
     lr: Rate = None,
-    path: Path_ = "rectified",
+    path: Annotated[str | None, typer.Option(help=f"{PATHS}. Default: rectified.")] = None,
+    autoregressive: Annotated[
+        bool, typer.Option("--autoregressive", help="A transformer over quantised embeddings, in place of diffusion.")
+    ] = False,
     words: Words = None,
     image_size: Size = None,
 ) -> None:
     """Train unCLIP's prior: from a text to the embedding of an image. The same command resumes."""
-    options: dict[str, Any] = {} if lr is None else {"lr": lr}
+    if autoregressive and path is not None:
+        raise OptionError(f"--path is {path}, and an autoregressive prior has none; expected one of the two options")
+    options: dict[str, Any] = {"batch_size": batch_size, "seed": seed} | ({} if lr is None else {"lr": lr})
     found = systems.embedded(_source(data, words, image_size), systems.CLIP.load(clip))
     with interruptible():
-        systems.train_prior(found, out, steps, batch_size=batch_size, seed=seed, path=path, **options)
+        if autoregressive:
+            systems.train_autoregressive_prior(found, out, steps, **options)
+        else:
+            systems.train_prior(found, out, steps, path=path or "rectified", **options)
     _done(out, steps)
 
 

@@ -2,6 +2,7 @@
 
 from fluvial.systems.autoencoder import Autoencoder, Posterior, load_autoencoder, tiny_autoencoder
 from fluvial.systems.autoencoder_training import reconstructions, train_autoencoder
+from fluvial.systems.autoregressive import AutoregressivePrior, train_autoregressive_prior
 from fluvial.systems.base import System
 from fluvial.systems.captions import Captioned, open_captioned
 from fluvial.systems.cascade import Cascade
@@ -23,6 +24,7 @@ __all__ = [
     "CLIP",
     "Augmentation",
     "Autoencoder",
+    "AutoregressivePrior",
     "Captioned",
     "Cascade",
     "Decoder",
@@ -48,6 +50,7 @@ __all__ = [
     "standardising_vae",
     "tiny_autoencoder",
     "train_autoencoder",
+    "train_autoregressive_prior",
     "train_clip",
     "train_decoder",
     "train_prior",

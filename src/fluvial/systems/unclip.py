@@ -26,6 +26,7 @@ from fluvial import random, sampling
 from fluvial.errors import OptionError, RunError, ShapeError, one_of
 from fluvial.inputs import checked_seed
 from fluvial.model import Model
+from fluvial.systems import autoregressive
 from fluvial.systems.base import Start, System, options_of
 from fluvial.systems.clip import CLIP
 from fluvial.systems.unclip_networks import with_null
@@ -38,7 +39,8 @@ class UnCLIP(System):
     """A prior over CLIP embeddings, and a decoder of them into images.
 
     Args:
-        prior: draws an embedding (B, D) for the condition "text", a text's embedding (B, D).
+        prior: draws an embedding (B, D) for the condition "text", a text's embedding (B, D). An autoregressive one does
+            so in one jump, whatever solver and steps are named, and takes CFG(scale) as its guidance.
         decoder: draws an image (B, C, H, W) for the condition "embedding", and "text" where it was built to see it.
         clip: embeds texts and images.
 
@@ -102,7 +104,10 @@ class UnCLIP(System):
         options = self._by_stage(options)
         text = None if tokens is None else self.clip.texts(tokens)
         told = {} if text is None else {"text": text}
-        found = sampling.sample(self._part(PRIOR), start, cond=told, **options_of(PRIOR, options, NAMES))
+        own = options_of(PRIOR, options, NAMES)
+        if isinstance(self.models[PRIOR].network, autoregressive.AutoregressivePrior):
+            own, told = autoregressive.as_asked(own, told)
+        found = sampling.sample(self._part(PRIOR), start, cond=told, **own)
         embedding = self.clip.project(found)
         return {PRIOR: embedding, DECODER: self._decoded(embedding, text, options)}
 

@@ -88,7 +88,7 @@ class Prior(MLP):
         for name, value in (("dim", dim), ("text", text), ("width", width), ("depth", depth)):
             if value < 1:
                 raise OptionError(f"{name} is {value}; expected a whole number, 1 or more")
-        _require_shares({"text": drop})
+        require_shares({"text": drop})
         super().__init__((dim,), None, width, depth)
         self.conditions, self.drop, self.clip = {"text": text}, drop, clip
         self.label = Conditions(self.conditions, width, {"text": drop})
@@ -143,7 +143,7 @@ class Decoder(UNet):
     ):
         if not conditions or not set(conditions) <= {"embedding", "text"}:
             raise OptionError(f"conditions are {', '.join(conditions) or 'none'}; expected embedding, text, or both")
-        _require_shares(drop)
+        require_shares(drop)
         super().__init__(channels, size, None, width, multipliers, layers, attention)
         self.conditions, self.drop, self.clip = dict(conditions), dict(drop), clip
         self.unet.class_embedding = Conditions(conditions, 4 * width, drop)  # type: ignore[assignment]
@@ -225,7 +225,7 @@ def with_null(model: AnyModel) -> AnyModel:
     return model.under(null={**rows, **(model.null or {})}) if rows else model
 
 
-def _require_shares(drop: Mapping[str, float]) -> None:
+def require_shares(drop: Mapping[str, float]) -> None:
     for name, share in drop.items():
         if not 0.0 <= share <= 1.0:
             raise OptionError(f"drop of {name!r} is {share}; expected a share from 0 to 1")

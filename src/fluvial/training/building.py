@@ -29,6 +29,7 @@ from fluvial.errors import OptionError, RunError
 HOMES = (
     "fluvial.networks",
     "fluvial.systems.autoencoder_networks",
+    "fluvial.systems.autoregressive",
     "fluvial.systems.cascade_network",
     "fluvial.systems.unclip_networks",
     "fluvial.interop.diffusers_networks",
