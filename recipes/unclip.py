@@ -84,7 +84,7 @@ def digits(mnist: str | None, side: int, n: int) -> Problem:
     kinds = {"as in training": learned, "combinations kept for the test": held, "new phrases": phrases(DIGITS, NEW)}
     asked = {name: (caption_labels(label, words, seed=9), label) for name, words in kinds.items()}
     small = mnist is None
-    steps = (600, 4000, 1500, 2000) if small else (1500, 6000, 4000, 2000)
+    steps = (600, 4000, 1500, 1500) if small else (1500, 6000, 4000, 3000)
     source = systems.Captioned(told, caption_labels(train[1], learned), name="digits" if small else f"mnist {side}")
     return Problem(source.name, source, train[1], *test, learned, asked, steps, {}, {"width": 32})
 

@@ -137,7 +137,7 @@ def test_guidance_is_of_the_logits():
     drawn = prior(noise, at_noise(noise), text.expand(n, -1), torch.full((n,), 3.0))
     share = torch.bincount(prior.quantised(drawn)[:, 0], minlength=8) / n
     torch.testing.assert_close(share.double(), p, rtol=0, atol=5 * math.sqrt(0.25 / n))
-    assert (p - logits["cond"].softmax(0)).abs().max() > 0.1
+    assert (p - logits["cond"].softmax(0)).abs().max() > 0.02
     one = prior(noise[:9], at_noise(noise[:9]), text.expand(9, -1), torch.ones(9))
     assert one.equal(prior(noise[:9], at_noise(noise[:9]), text.expand(9, -1)))
 

@@ -1,4 +1,4 @@
-"""What the commands share: how they speak, how they are interrupted, and which classes a sheet shows."""
+"""What the commands share: how they speak and are interrupted, what they open, and which classes a sheet shows."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from fluvial import interop, training
-from fluvial.errors import OptionError
+from fluvial.errors import FluvialError, OptionError
 from fluvial.interop import folders
 from fluvial.model import Model
-from fluvial.systems import System
+from fluvial.systems import Latents, System, open_latents
+from fluvial.systems.latent_run import CACHE, is_latents
+from fluvial.training import Source
 from fluvial.training.checkpoints import read_config
 
 console = Console()
@@ -52,6 +54,63 @@ def described(run: str | Path) -> dict[str, Any]:
     folder = Path(run)
     ours = folder.is_dir() and folders.layout(folder).kind == folders.MODEL
     return read_config(folder) if ours else {}
+
+
+def open_data(name: str, image_size: int | tuple[int, int] | None = None) -> Source:
+    """Data as commands name them: what `training.open_source` opens, or a folder of latents."""
+    if not is_latents(name):
+        return training.open_source(name, image_size=image_size)
+    if image_size is not None:
+        raise OptionError(f"--image-size is {image_size}, and {name} is a folder of latents; expected none with it")
+    return open_latents(Path(name).expanduser())
+
+
+def data_for(run: str | Path, shape: tuple[int, ...] | None, name: str) -> Source:
+    """The data of this name for the model of a run: images in its size, or the latents that it is of."""
+    # Folders and hub data have no size of their own but that of their first image.
+    images = name.startswith("hf:") or (Path(name).expanduser().is_dir() and not is_latents(name))
+    sides = shape[1:] if shape and images else ()
+    source = open_data(name, (sides[0], sides[1]) if len(sides) == 2 else None)
+    known = _latents_of(run)
+    if known is not None and isinstance(source, Latents) and source.autoencoder.hash != known.rpartition(" ")[2]:
+        raise OptionError(f"{run} was trained on {known}, and {name} holds {source.name}; expected that autoencoder's")
+    return source
+
+
+def trained_on(run: str | Path, shape: tuple[int, ...] | None) -> Source:
+    """The data that the run says it was trained on; latents are looked for beside it, as latent runs have them."""
+    known = _latents_of(run)
+    if known is not None:
+        folder = Path(run).resolve().parent / CACHE
+        if not is_latents(folder):
+            raise OptionError(
+                f"{run} was trained on {known}, and {folder} has none; expected --data, a folder of these latents with "
+                "their autoencoder beside it"
+            )
+        source = open_latents(folder)
+        if source.name != known:
+            raise OptionError(f"{run} was trained on {known}, and {folder} holds {source.name}; expected --data")
+        return source
+    name = _data(run).get("name")
+    if name is None:
+        raise OptionError(f"{run} does not say what it was trained on; expected --data, such as --data digits")
+    try:
+        return data_for(run, shape, name)
+    except FluvialError as error:
+        raise OptionError(
+            f"the data of the training, {name}, could not be opened ({error}); expected --data"
+        ) from error
+
+
+def _data(run: str | Path) -> dict[str, Any]:
+    """What the config of a run says of its data."""
+    return (described(run).get("training") or {}).get("data", {})
+
+
+def _latents_of(run: str | Path) -> str | None:
+    """The name of the latents that a run was trained on, which ends with their autoencoder's hash."""
+    name = str(_data(run).get("name"))
+    return name if name.startswith("latents of ") and " by autoencoder " in name else None
 
 
 def labels(loaded: Model, n: int, label: int | None) -> dict[str, torch.Tensor]:

@@ -10,12 +10,13 @@ import typer
 
 from fluvial import solvers, training
 from fluvial.cli.app import app
-from fluvial.cli.common import MODEL, console, described, interruptible, one_model, say
+from fluvial.cli.common import MODEL, console, data_for, described, interruptible, one_model, say, trained_on
 from fluvial.distill import METHODS
 from fluvial.distill.command import SOLVER, check, regress
-from fluvial.errors import FluvialError, NonFiniteError, OptionError, one_of
+from fluvial.errors import NonFiniteError, OptionError, one_of
 from fluvial.guidance import CFG
 from fluvial.systems import stage_source
+from fluvial.systems.latent_run import is_latents
 from fluvial.training import Source
 from fluvial.training.checkpoints import CONFIG
 from fluvial.training.pairs import MANIFEST
@@ -128,12 +129,14 @@ def _source(run: str, shape: tuple[int, ...] | None, data: str | None, pairs: Pa
     if data is not None and pairs is not None:
         raise OptionError(f"--data {data} and --pairs {pairs} are given; expected one of them")
     if pairs is not None:
+        if is_latents(pairs):
+            raise OptionError(f"--pairs {pairs} is a folder of latents, which are data; expected --data {pairs}")
         return training.open_pairs(pairs)
+    if data is not None:
+        return data_for(run, shape, data)
     known = (described(run).get("training") or {}).get("data", {})
-    name = data or known.get("name")
-    if name is None:
-        raise OptionError(f"{run} does not say what it was trained on; expected --data, such as --data digits")
-    if data is None and "noise" in known["conditions"]:
+    if "noise" in known.get("conditions", ()):
+        name = known["name"]
         # Pairs are called by the folder as it was written then; they may have moved together with their run.
         for folder in (Path(run).resolve().parent / Path(name).name, Path(name)):
             if (folder / MANIFEST).is_file():
@@ -141,16 +144,7 @@ def _source(run: str, shape: tuple[int, ...] | None, data: str | None, pairs: Pa
         raise OptionError(
             f"{run} was trained on pairs, {name}, which are not beside it; expected --pairs, their folder"
         )
-    # Folders and hub data have no size of their own but that of their first image.
-    sides = shape[1:] if shape and (name.startswith("hf:") or Path(name).expanduser().is_dir()) else ()
-    try:
-        return training.open_source(name, image_size=(sides[0], sides[1]) if len(sides) == 2 else None)
-    except FluvialError as error:
-        if data is not None:
-            raise
-        raise OptionError(
-            f"the data of the training, {name}, could not be opened ({error}); expected --data"
-        ) from error
+    return trained_on(run, shape)
 
 
 def _report(out: Path) -> Path:

@@ -10,7 +10,7 @@ import typer
 
 from fluvial import grids, model, paths, sampling, training
 from fluvial.cli.app import app
-from fluvial.cli.common import MODEL, interruptible, one_model
+from fluvial.cli.common import MODEL, data_for, interruptible, one_model
 from fluvial.guidance import CFG
 from fluvial.show import settings
 
@@ -50,7 +50,7 @@ def pairs(
         training.make_pairs(
             loaded,
             n,
-            data=data,
+            data=None if data is None else data_for(run, loaded.shape, data),
             solver=settings.solver(solver, option or []),
             steps=steps,
             times=grid,

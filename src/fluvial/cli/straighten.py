@@ -9,7 +9,7 @@ import typer
 
 from fluvial import solvers, training
 from fluvial.cli.app import app
-from fluvial.cli.common import MODEL, console, interruptible, one_model, say
+from fluvial.cli.common import MODEL, console, data_for, interruptible, one_model, say
 from fluvial.errors import OptionError
 from fluvial.guidance import CFG
 
@@ -54,7 +54,7 @@ def straighten(
         made = straightened(
             loaded, n, rounds, out=out, segments=_segments(segments), straighten=_which(which), solver=solver,
             solver_steps=solver_steps, guidance=None if scale is None else CFG(scale),
-            data=None if data is None else training.open_source(data), share=share, online=online, steps=steps,
+            data=None if data is None else data_for(run, loaded.shape, data), share=share, online=online, steps=steps,
             batch_size=batch_size, times=times, distance=distance, seed=seed, say=say, **options,
         )  # fmt: skip
     if training.is_main_process():

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fluvial import interop, paths, predictions, solvers, training
 from fluvial.cli.app import app
-from fluvial.cli.common import MODEL, console, interruptible, print_table, say
+from fluvial.cli.common import MODEL, console, interruptible, open_data, print_table, say
 from fluvial.errors import OptionError
 from fluvial.interop.opening import save_converted
 from fluvial.show import settings
@@ -35,7 +35,7 @@ def quickstart(
 
 @app.command()
 def train(
-    data: Annotated[str, typer.Argument(help="digits, moons, a folder of images, file.npz, hf:name, …")],
+    data: Annotated[str, typer.Argument(help="digits, moons, a folder of images or of latents, file.npz, hf:name, …")],
     out: Annotated[Path, typer.Option(help="The run folder; an existing one is resumed.")],
     steps: Annotated[int, typer.Option(help="Training steps.")] = 2000,
     batch_size: Annotated[int, typer.Option(help="Samples per step, over all processes.")] = 128,
@@ -67,7 +67,7 @@ def train(
     from fluvial.objectives import Objective
     from fluvial.show.run_report import write
 
-    source, folder = training.open_source(data, image_size=image_size), out
+    source, folder = open_data(data, image_size), out
     if latent is not None and below is not None:
         raise OptionError(f"--latent {latent} and --from {below} are given; expected one of them")
     source = cascade.stage_data(source, size, below, augmentation, seed)
@@ -109,10 +109,10 @@ def convert(
 
 @app.command()
 def info(
-    run: Annotated[str | None, typer.Argument(help=f"{MODEL} Or a folder of pairs.")] = None,
+    run: Annotated[str | None, typer.Argument(help=f"{MODEL} Or pairs, latents, an autoencoder, a CLIP.")] = None,
     solver_facts: Annotated[bool, typer.Option("--solvers", help="The solvers, and which to take.")] = False,
 ) -> None:
-    """Say what a model is (the convention in words, the network, the training), or what is in a folder of pairs."""
+    """Say what a model is (the convention in words, the network, the training), or what else is in a folder."""
     if run is None and not solver_facts:
         raise OptionError("nothing to say something of; expected a run folder, or --solvers")
     if run is not None:

@@ -82,12 +82,16 @@ from_pretrained = load
 def describe(source: Source, *, revision: str | None = None, token: str | None = None) -> dict[str, str]:
     """A model or system in words, of a folder or on the hub: what each thing is called, and what it is.
 
-    Of a folder of diffusers' no weights are read, and none are downloaded. A folder of pairs is described too.
+    Of a folder of diffusers' no weights are read, and none are downloaded. Folders of pairs, of latents, of an
+    autoencoder and of a CLIP are described too.
 
     Raises:
         RunError: for what is none of these.
     """
     folder = hub.local(source, revision, token, weights=False)
+    part = systems.describe_part(folder)
+    if part is not None:
+        return part
     if (folder / MANIFEST).is_file():
         return training.describe(folder)
     found = folders.layout(folder)

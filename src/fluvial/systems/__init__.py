@@ -12,8 +12,9 @@ from fluvial.systems.clip import CLIP
 from fluvial.systems.clip_training import train_clip
 from fluvial.systems.folders import load
 from fluvial.systems.latent import Latent
-from fluvial.systems.latent_run import begin_latent_run, diffusers_pipe, standardising_vae
+from fluvial.systems.latent_run import begin_latent_run, diffusers_pipe, open_latents, standardising_vae
 from fluvial.systems.latent_source import Latents, latents
+from fluvial.systems.parts import describe_part
 from fluvial.systems.unclip import UnCLIP
 from fluvial.systems.unclip_networks import Decoder, Prior, with_null
 from fluvial.systems.unclip_training import Embedded, embedded, train_decoder, train_prior
@@ -38,12 +39,14 @@ __all__ = [
     "UnCLIP",
     "Upsampler",
     "begin_latent_run",
+    "describe_part",
     "diffusers_pipe",
     "embedded",
     "latents",
     "load",
     "load_autoencoder",
     "open_captioned",
+    "open_latents",
     "reconstructions",
     "stage_model",
     "stage_source",

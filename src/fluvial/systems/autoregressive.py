@@ -2,8 +2,8 @@
 
     P(c | y) = prod_k P(b_k | b_1 … b_{k-1}, y),    b_k the bucket of the k-th principal component of c
 
-An embedding is turned to its principal components, the largest first; those that hold nearly all of the variance are
-kept, and each is cut into buckets of equal mass. A causal transformer, told the text, gives the probabilities of the
+An embedding is turned to its principal components, the largest first; those that hold most of the variance are kept,
+and each is cut into buckets of equal mass. A causal transformer, told the text, gives the probabilities of the
 buckets of a component after those before it. Within a bucket all is equally likely, so that the whole is a map from
 noise to embeddings, one inverse distribution function after the other:
 
@@ -18,6 +18,7 @@ https://arxiv.org/abs/2204.06125, section 2.2 (there the text is a sequence, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -49,8 +50,10 @@ class AutoregressivePrior(nn.Module):
         text: numbers in a text's embedding.
         components: K, how many of its D are kept.
         buckets: of each component.
+        waves: how many cosines of a bucket's place stand for it, fewer than there are buckets: neighbours are alike.
         width: of the transformer, a multiple of its 4 heads.
         depth: its layers.
+        dropout: of what each layer adds.
         drop: the share of samples in training whose text is left out.
         clip: the hash of the CLIP whose embeddings these are.
 
@@ -61,6 +64,7 @@ class AutoregressivePrior(nn.Module):
 
     rotation: Tensor
     edges: Tensor
+    waves: Tensor
 
     def __init__(
         self,
@@ -68,30 +72,35 @@ class AutoregressivePrior(nn.Module):
         text: int,
         components: int,
         buckets: int = 64,
+        waves: int = 16,
         width: int = 64,
         depth: int = 3,
+        dropout: float = 0.1,
         drop: float = 0.1,
         clip: str | None = None,
     ):
         super().__init__()
-        for name, value, least in (("dim", dim, 1), ("text", text, 1), ("buckets", buckets, 2), ("depth", depth, 1)):
+        for name, value, least in (("dim", dim, 1), ("text", text, 1), ("buckets", buckets, 2), ("waves", waves, 1)):
             whole(name, value, least)
+        whole("depth", depth, 1)
         if not 1 <= components <= dim:
             raise OptionError(f"components are {components}; expected 1 to the {dim} that an embedding has")
         if width < HEADS or width % HEADS:
             raise OptionError(f"width is {width}; expected a multiple of {HEADS}, as there are so many heads")
-        require_shares({"text": drop})
-        self.conditions, self.drop, self.clip = {"text": text}, drop, clip
+        require_shares({"text": drop, "what a layer adds": dropout})
+        self.conditions, self.drop, self.dropout, self.clip = {"text": text}, drop, dropout, clip
         self.label = Conditions(self.conditions, width, {"text": drop})
-        self.token = nn.Embedding(buckets, width)
+        self.token = nn.Linear(waves, width)
         self.place = nn.Parameter(0.02 * torch.randn(components, width))
-        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-        self.norm, self.leave = nn.LayerNorm(width), nn.Linear(width, buckets)
+        self.blocks = nn.ModuleList(Block(width, dropout) for _ in range(depth))
+        self.norm, self.leave = nn.LayerNorm(width), nn.Linear(width, waves)
         # Untrained, all buckets are equally likely: each component as in the data, independent of the others.
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
         self.register_buffer("rotation", torch.eye(components, dim))
         self.register_buffer("edges", torch.linspace(-3.0, 3.0, buckets + 1).expand(components, -1).clone())
+        middles = (torch.arange(buckets) + 0.5) / buckets
+        self.register_buffer("waves", (math.pi * torch.arange(1, waves + 1) * middles[:, None]).cos())
 
     @torch.no_grad()
     def fit(self, embeddings: Tensor) -> Self:
@@ -159,13 +168,13 @@ class AutoregressivePrior(nn.Module):
             seen: what the blocks keep of the `first` inputs before these; returned with these added.
         """
         start = [] if label is None else [label[:, None]]
-        hidden = torch.cat([*start, self.token(buckets)], 1)
+        hidden = torch.cat([*start, self.token(self.waves[buckets])], 1)
         hidden = hidden + self.place[first : first + hidden.shape[1]]
         kept = []
         for block, before in zip(self.blocks, seen):
             hidden, now = block(hidden, before)
             kept.append(now)
-        return self.leave(self.norm(hidden)), kept
+        return self.leave(self.norm(hidden)) @ self.waves.T, kept
 
     def quantised(self, embeddings: Tensor) -> Tensor:
         """The buckets (B, K) of embeddings (B, D)."""
@@ -175,8 +184,9 @@ class AutoregressivePrior(nn.Module):
     def config(self) -> dict[str, Any]:
         """What `from_config` needs to build the same architecture: JSON-able."""
         sizes = {"dim": self.rotation.shape[1], "text": self.conditions["text"], "components": len(self.rotation)}
-        sizes |= {"buckets": self.edges.shape[1] - 1, "width": self.place.shape[1], "depth": len(self.blocks)}
-        return sizes | {"drop": self.drop, "clip": self.clip}
+        sizes |= {"buckets": len(self.waves), "waves": self.waves.shape[1]}
+        sizes |= {"width": self.place.shape[1], "depth": len(self.blocks)}
+        return sizes | {"dropout": self.dropout, "drop": self.drop, "clip": self.clip}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -187,8 +197,9 @@ class AutoregressivePrior(nn.Module):
 class Block(nn.Module):
     """Causal attention and an MLP, each added to what comes in."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, dropout: float):
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
@@ -199,8 +210,8 @@ class Block(nn.Module):
         if seen is not None:
             k, v = torch.cat([seen[0], k], 2), torch.cat([seen[1], v], 2)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=seen is None)
-        x = x + self.out(attended.movedim(1, -2).flatten(-2))
-        return x + self.mlp(self.between(x)), (k, v)
+        x = x + self.dropout(self.out(attended.movedim(1, -2).flatten(-2)))
+        return x + self.dropout(self.mlp(self.between(x))), (k, v)
 
 
 def principal(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,10 +257,12 @@ def train_autoregressive_prior(
     out: Folder | None = None,
     steps: int = 2000,
     *,
-    kept: float = 0.999,
+    kept: float = 0.95,
     buckets: int = 64,
+    waves: int = 16,
     width: int = 64,
     depth: int = 3,
+    dropout: float = 0.1,
     drop: float = 0.1,
     seed: int = 0,
     **options: Any,
@@ -259,9 +272,9 @@ def train_autoregressive_prior(
     Args:
         data: what `embedded` gave.
         out, steps, seed: as for `fl.train`; run again on the same folder, it goes on.
-        kept: as many components as hold this share of the variance.
-        buckets: of each component.
-        width, depth: of the transformer.
+        kept: as many components as hold this share of the variance. Each is drawn after those before it, so that a tail
+            of small ones costs time and teaches little.
+        buckets, waves, width, depth, dropout: of the network, an `AutoregressivePrior`.
         drop: the share of samples whose text is left out, for guidance.
         options: of `fl.train`.
 
@@ -273,10 +286,11 @@ def train_autoregressive_prior(
     assert data.text is not None
     embeddings = source.normalisation.apply(data.embedding)
     shares = principal(embeddings)[1].cumsum(0)
-    components = min(data.dim, 1 + int((shares < kept - 1e-12).sum()))
+    sizes = {"components": min(data.dim, 1 + int((shares < kept - 1e-12).sum()))}
+    sizes |= {"buckets": buckets, "waves": waves, "width": width, "depth": depth}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        network = AutoregressivePrior(data.dim, data.text.shape[1], components, buckets, width, depth, drop, data.clip)
+        network = AutoregressivePrior(data.dim, data.text.shape[1], **sizes, dropout=dropout, drop=drop, clip=data.clip)
     network.fit(embeddings)
     inner = Model(network, "rectified", "data", null={"guidance": 1.0}, normalisation=source.normalisation)
     settings: dict[str, Any] = {"sheet_every": None, "schedule": "cosine", **options}

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from fluvial import __version__
 from fluvial.errors import OptionError, RunError
-from fluvial.systems.autoencoder import Autoencoder
+from fluvial.systems.autoencoder import Autoencoder, load_autoencoder
 from fluvial.systems.base import INDEX
 from fluvial.systems.latent import PART, Latent
-from fluvial.systems.latent_source import Latents, latents
+from fluvial.systems.latent_source import DRAWS, Latents, latents, stored
 from fluvial.training import atomic
+from fluvial.training.pairs import MANIFEST, Shards, read_manifest
+from fluvial.training.settings import whole
 
 CACHE, MODEL = "latents", "model"
 
@@ -67,6 +69,90 @@ def begin_latent_run(
         index = {"fluvial": __version__, "system": Latent.kind, "models": [MODEL], "settings": {PART: autoencoder.hash}}
         atomic.replace(folder / INDEX, lambda file: file.write_text(json.dumps(index, indent=2) + "\n", "utf-8"))
     return latents(autoencoder, source, folder / CACHE, **options), folder / MODEL
+
+
+def open_latents(
+    folder: str | os.PathLike[str],
+    autoencoder: Autoencoder | str | os.PathLike[str] | None = None,
+    *,
+    draws: int | None = None,
+    seed: int | None = None,
+) -> Latents:
+    """The latents that `latents` wrote into a folder, as a source: the images they are of are not needed.
+
+        z = open_latents("runs/a/latents")
+        student = fl.distill.consistency(fl.load("runs/a/model"), z, out="runs/a/student")
+
+    Args:
+        folder: with all its shards.
+        autoencoder: whose latents they are, or its folder. Default: the folder `autoencoder` beside them.
+        draws, seed: as for `latents`. Default: as they were first made.
+
+    Raises:
+        RunError: for a folder of something else, or one that lacks shards; where the autoencoder is not there, or is
+            another one than theirs.
+        OptionError: for draws below 0.
+    """
+    folder = Path(folder)
+    manifest = latents_manifest(folder)
+    shards = Shards(manifest["n"], manifest["shard_size"])
+    missing = sum(not shards.complete(folder, k) for k in range(len(shards)))
+    if missing:
+        raise RunError(
+            f"{folder} lacks {missing} of its {len(shards)} shards; expected all: systems.latents(…), or fluvial train "
+            "… --latent …, as it was begun, makes only those"
+        )
+    draws = int(manifest.get("draws", DRAWS)) if draws is None else draws
+    whole("draws", draws, 0)
+    found = _autoencoder_of(folder, manifest, autoencoder)
+    return stored(found, manifest, folder, draws, int(manifest.get("seed", 0)) if seed is None else seed)
+
+
+def is_latents(folder: str | os.PathLike[str]) -> bool:
+    """Whether `latents` wrote this folder."""
+    file = Path(folder).expanduser() / MANIFEST
+    return file.is_file() and atomic.read_json(file).get("kind") == "latents"
+
+
+def latents_manifest(folder: Path) -> dict[str, Any]:
+    """What a folder of latents says of them.
+
+    Raises:
+        RunError: for a folder of something else.
+    """
+    if not is_latents(folder):
+        what = "is no folder of latents" if folder.exists() else "does not exist"
+        raise RunError(f"{folder} {what}; expected one that systems.latents wrote, or fluvial train … --latent")
+    manifest = read_manifest(folder) or {}
+    wanted = ("autoencoder", "source", "shape", "num_classes", "class_names")
+    lacking = [name for name in wanted if name not in manifest]
+    if lacking:
+        raise RunError(f"{folder / MANIFEST} lacks {', '.join(lacking)}; expected what Fluvial wrote there")
+    return manifest
+
+
+def _autoencoder_of(folder: Path, manifest: dict[str, Any], given: Any) -> Autoencoder:
+    place = given if given is not None else folder.absolute().parent / PART
+    if given is None and not place.is_dir():
+        raise RunError(
+            f"{folder} has no autoencoder beside it ({place}); expected one there, such as autoencoder.save({PART!r}) "
+            "writes, or open_latents(…, autoencoder)"
+        )
+    found = place if isinstance(place, Autoencoder) else load_autoencoder(place)
+    if found.hash != manifest["autoencoder"]:
+        where = "the one that is given" if isinstance(place, Autoencoder) else str(place)
+        raise RunError(
+            f"{folder} holds latents of autoencoder {manifest['autoencoder']}, and {where} is {found.hash}; expected "
+            "that one"
+        )
+    shape = tuple(manifest["shape"])
+    image = found.shape or (found.channels, *(side * found.factor for side in shape[1:]))
+    if found.latent_shape(image) != shape:
+        raise RunError(
+            f"{folder} holds latents {shape}, and those of the autoencoder's images {image} are "
+            f"{found.latent_shape(image)}; expected the autoencoder that they were made with"
+        )
+    return found if found.shape else Autoencoder(found.network, found.normalisation, image)
 
 
 def diffusers_pipe(system: Latent) -> Any:

@@ -31,9 +31,12 @@ from fluvial.training.pairs import MANIFEST, Shards, read_manifest, read_shard, 
 from fluvial.training.settings import whole
 from fluvial.training.source import Rows, Source, join
 
-MEASURED = "measured.json"
+MEASURED, DRAWS = "measured.json", 16
 
 _SHARD_BYTES = 1 << 26
+
+# How they were first asked to be read, which the shards do not depend on.
+READ = ("draws", "seed")
 
 # What a manifest of pairs has too, and `read_manifest` asks for.
 _NO_PAIRS: dict[str, Any] = {"states": [], "noise": "none", "path": None}
@@ -144,7 +147,7 @@ def latents(
     out: str | os.PathLike[str] | None = None,
     *,
     flips: bool = False,
-    draws: int = 16,
+    draws: int = DRAWS,
     seed: int = 0,
     batch_size: int = 64,
     shard_size: int | None = None,
@@ -190,7 +193,7 @@ def latents(
         "fluvial": __version__, "kind": "latents", "autoencoder": autoencoder.hash, "source": source.name, "n": n,
         "flips": flips, "shape": list(shape), "conditions": list(source.conditions),
         "num_classes": source.num_classes, "class_names": None if source.class_names is None else [*source.class_names],
-        "batch_size": batch_size, "shard_size": shard_size or fit, **_NO_PAIRS,
+        "batch_size": batch_size, "shard_size": shard_size or fit, "draws": draws, "seed": seed, **_NO_PAIRS,
     }  # fmt: skip
     maker = _Maker(autoencoder, source, manifest, None if out is None else Path(out))
     if out is None:
@@ -208,20 +211,25 @@ def _in_folder(maker: _Maker, folder: Path, draws: int, seed: int, progress: boo
             raise RunError(
                 f"{folder} is of {before['n']} images, and these are {maker.manifest['n']}; expected another"
             )
-        require_same(folder, before, maker.manifest)
+        require_same(folder, before, {name: value for name, value in maker.manifest.items() if name not in READ})
     with atomic.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         atomic.sweep(folder)
         if before is None:
             atomic.write_json(folder / MANIFEST, maker.manifest)
     maker.write(progress)
-    measured = atomic.read_json(folder / MEASURED) if (folder / MEASURED).is_file() else None
-    load: Callable[[int], Rows] = lambda k: read_shard(maker.shards.file(folder, k))  # noqa: E731
-    found = Latents(maker.autoencoder, maker.manifest, load, draws, seed, measured)
-    if measured is None:
+    found = stored(maker.autoencoder, maker.manifest, folder, draws, seed)
+    if not (folder / MEASURED).is_file():
         with atomic.writing(folder):
             atomic.write_json(folder / MEASURED, found.moments)
     return found
+
+
+def stored(autoencoder: Autoencoder, manifest: Mapping[str, Any], folder: Path, draws: int, seed: int) -> Latents:
+    """The latents of a folder that has all its shards."""
+    measured = atomic.read_json(folder / MEASURED) if (folder / MEASURED).is_file() else None
+    shards = Shards(manifest["n"], manifest["shard_size"])
+    return Latents(autoencoder, manifest, lambda k: read_shard(shards.file(folder, k)), draws, seed, measured)
 
 
 class _Maker:

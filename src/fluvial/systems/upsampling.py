@@ -197,7 +197,7 @@ class StageSource(Source):
             raise OptionError(f"draws is {draws}; expected a whole number, 1 or more")
         several = min(max(_ROWS // len(source), _LEAST), _MOST)
         self.draws = 1 if self.augmentation is None else several if draws is None else draws
-        self.waits = source.waits
+        self.waits, self.autoencoder = source.waits, source.autoencoder
         self.name, self.size = source.name, len(source) * self.draws
         self.shape = (source.shape[0], *self.side)
         self.conditions = (*(self.kept if self.low else ()), *source.conditions)

@@ -42,7 +42,7 @@ class Mixed(Source):
                 )
         _require_agreement(first, second)
         self.first, self.second, self.share = first, second, share
-        self.waits = first.waits or second.waits
+        self.waits, self.autoencoder = first.waits or second.waits, first.autoencoder
         self.name = f"{first.name} with {share:.3g} of {second.name}"
         self.size = round(len(first) / (1.0 - share))
         self.shape, self.conditions, self.num_classes = first.shape, first.conditions, first.num_classes

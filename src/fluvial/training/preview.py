@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fluvial import __version__, sampling, sheets
 from fluvial.model import Model
@@ -16,7 +18,7 @@ _POINTS, _IMAGES, _LARGE = 2000, 64, 16
 
 
 def draw(model: Model, source: Source, first: Rows, seed: int, step: int, path: Path) -> None:
-    """Samples the model, classes in turn, and writes the sheet with how it was made.
+    """Samples the model, classes in turn, and writes the sheet with how it was made. Latents are decoded.
 
     Args:
         model: with averaged weights.
@@ -31,7 +33,9 @@ def draw(model: Model, source: Source, first: Rows, seed: int, step: int, path: 
     others = [name for name in source.conditions if name not in ("label", *COUPLED)]
     # A class in turn would not be that of a row's other conditions.
     classes = source.num_classes if "label" in source.conditions and not others else None
-    count, columns = _size(source.shape, classes)
+    decoder = source.autoencoder
+    shape = source.shape if decoder is None else _pictured(decoder, source.shape)
+    count, columns = _size(shape, classes)
     count = min([count, *(len(first[name]) for name in others)])
     cond = {name: first[name][:count] for name in source.conditions if name not in COUPLED}
     if classes:
@@ -52,9 +56,30 @@ def draw(model: Model, source: Source, first: Rows, seed: int, step: int, path: 
         "seed": seed,
         "label": "0, 1, 2, … in turn" if classes else None,
     }
-    pictures = [sheets.sheet(x, columns=columns, normalisation=model.normalisation) for x in rows]
+    units = model.normalisation
+    if decoder is not None:
+        rows, units = [_decoded(decoder, z, shape) for z in rows], decoder.normalisation
+        info["autoencoder"] = decoder.hash
+    pictures = [sheets.sheet(x, columns=columns, normalisation=units) for x in rows]
     titles = [f"{steps} step{'s' if steps != 1 else ''}" for steps in budgets]
     sheets.save(pictures[0] if len(rows) == 1 else sheets.beside(pictures, titles), path, info)
+
+
+def _pictured(decoder: Any, latents: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of pictures of such latents: its own, unless the latents are of other sides, as a cascade's stages."""
+    if decoder.shape is not None and decoder.latent_shape(decoder.shape) == latents:
+        return decoder.shape
+    return (decoder.channels, *(side * decoder.factor for side in latents[1:]))
+
+
+def _decoded(decoder: Any, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The pictures, made where the latents are: the decoder may be kept on a slower device."""
+    home = decoder.device
+    decoder.to(latents.device)
+    try:
+        return decoder.decode(latents, shape)
+    finally:
+        decoder.to(home)
 
 
 def _how(model: Model) -> tuple[str, list[int | tuple[int, ...]]]:

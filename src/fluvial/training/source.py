@@ -45,10 +45,12 @@ class Source(ABC):
         waits: whether a batch waits for a disk: it is then read while the network computes. One that computes would
             only take a processor's threads from the network.
         kept: the conditions that training never drops, whatever the model's null condition says.
+        autoencoder: of latents, what decodes them: sheets show the pictures. None: samples are shown as they are.
     """
 
     waits = True
     kept: tuple[str, ...] = ()
+    autoencoder: Any = None
 
     def __init__(
         self,
