@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import fluvial as fl
-from fluvial import cli, interop, paths
+from fluvial import cli, interop, paths, training
 from fluvial.cli.common import one_model
 from fluvial.errors import OptionError, RunError
 from fluvial.networks import MLP
+from fluvial.show.evaluate import evaluate
 from fluvial.systems import System, folders
 from fluvial.systems.base import options_of
 
@@ -131,7 +132,7 @@ def test_a_damaged_index_is_one_error(pair, tmp_path, text, said):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("job", ["distill", "straighten", "pairs", "diagnose", "evaluate"])
+@pytest.mark.parametrize("job", ["distill", "straighten", "pairs", "diagnose"])
 def test_commands_of_one_model_name_the_parts_of_a_system(pair, tmp_path, job):
     folder = fl.save(pair, tmp_path / "pair")
     with pytest.raises(OptionError, match="is a system") as caught:
@@ -139,3 +140,21 @@ def test_commands_of_one_model_name_the_parts_of_a_system(pair, tmp_path, job):
     assert f"(pair); expected one model: {folder / 'first'}, {folder / 'second'}" in str(caught.value)
     assert job in cli.__all__
     assert getattr(cli, job).one_model is one_model
+
+
+def test_a_system_is_evaluated_as_a_model_is(pair):
+    """Each stage by the solver that suits it, its calls counted together."""
+    data = torch.randn(300, 2, generator=torch.Generator().manual_seed(3))
+    source = training.open_source(data)
+    mixed = pair.with_models({"first": pair.models["first"], "second": fl.FlowMap(pair.models["second"])})
+    found = evaluate({"pair": pair, "mixed": mixed}, source, steps=(1, 3), n=100, seeds=1)
+    entries = {(entry.run, entry.steps): entry for entry in found.entries}
+    assert [entry.nfe for entry in entries.values()] == [2, 6, 2, 6]
+    jump = fl.solvers.Jump(renoise=1.0)
+    for run, system, second in (("pair", pair, "euler"), ("mixed", mixed, jump)):
+        x = fl.sample(system, 100, solver={"first": "euler", "second": second}, steps=3, seed=0)
+        assert entries[run, "3"].x.equal(x)
+    assert found.runs["mixed"]["system"] == "pair"
+    assert set(found.runs["mixed"]["stages"]) == {"first", "second"}
+    with pytest.raises(OptionError, match=r"steps are 1\+2, budgets for the segments of one model"):
+        evaluate({"pair": mixed}, source, steps=((1, 2),), n=10, seeds=1)

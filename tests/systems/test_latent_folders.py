@@ -249,3 +249,30 @@ def test_a_clip_says_what_it_is(tmp_path):
     (tmp_path / "clip" / "model.safetensors").unlink()
     with pytest.raises(RunError, match=r"a CLIP, and has no model.safetensors"):
         fl.interop.describe(tmp_path / "clip")
+
+
+def test_a_latent_run_is_evaluated_on_the_images_it_is_of(tmp_path, capsys, monkeypatch):
+    """These are known by the name of its latents; or named, of its size or larger."""
+    from fluvial.show import evaluate as job
+
+    seen = []
+
+    def looked_at(models, source, **options):
+        seen.append((models, source))
+        raise OptionError("enough")
+
+    monkeypatch.setattr(job, "evaluate", looked_at)
+    z, inside = systems.begin_latent_run(autoencoder(0, (1, 8, 8)), "digits", tmp_path / "run", progress=False)
+    fl.train(small(z), z, steps=2, out=inside, **QUICK)
+    numpy.savez(tmp_path / "large.npz", data=rows(side=16)["data"].numpy(), label=rows()["label"].numpy())
+    for data in ([], ["--data", tmp_path / "large.npz"]):
+        assert command("evaluate", tmp_path / "run", *data, "--out", tmp_path / "out") == 2
+        assert "enough" in capsys.readouterr().err
+    (models, digits), (_, large) = seen
+    assert isinstance(models["run"], systems.Latent)
+    assert (digits.name, digits.shape, len(digits)) == ("digits", (1, 8, 8), 1797)
+    assert isinstance(large, StageSource)
+    torch.testing.assert_close(
+        large.batch(torch.arange(2))["data"],
+        torch.nn.functional.avg_pool2d(rows(side=16)["data"][:2], 2), rtol=0, atol=1e-5
+    )  # fmt: skip

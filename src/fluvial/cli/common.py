@@ -18,11 +18,14 @@ from fluvial.errors import FluvialError, OptionError
 from fluvial.interop import folders
 from fluvial.model import Model
 from fluvial.systems import Latents, System, open_latents
+from fluvial.systems.base import INDEX
 from fluvial.systems.latent_run import CACHE, is_latents
-from fluvial.training import Source
+from fluvial.training import Source, atomic
 from fluvial.training.checkpoints import read_config
 
 console = Console()
+
+_LATENTS = "latents of "  # what `systems.Latents` are called: latents of IMAGES by autoencoder HASH
 
 MODEL = "A run folder, a folder of a diffusers pipeline or network, or a name on the hub: owner/name[@revision]."
 
@@ -102,15 +105,33 @@ def trained_on(run: str | Path, shape: tuple[int, ...] | None) -> Source:
         ) from error
 
 
+def says_its_data(run: str | Path) -> bool:
+    """Whether a run, or a system's folder, says what it was trained on."""
+    return "name" in _data(run)
+
+
 def _data(run: str | Path) -> dict[str, Any]:
-    """What the config of a run says of its data."""
-    return (described(run).get("training") or {}).get("data", {})
+    """What the config of a run says of its data; of a system's folder what its last part says, images for latents."""
+    folder = Path(run)
+    if not (folder / INDEX).is_file():
+        return (described(run).get("training") or {}).get("data", {})
+    for part in reversed(atomic.read_json(folder / INDEX).get("models", [])):
+        found = _data(folder / part)
+        if found:
+            return {**found, "name": _images_of(str(found["name"]))}
+    return {}
 
 
 def _latents_of(run: str | Path) -> str | None:
     """The name of the latents that a run was trained on, which ends with their autoencoder's hash."""
     name = str(_data(run).get("name"))
-    return name if name.startswith("latents of ") and " by autoencoder " in name else None
+    return None if _images_of(name) == name else name
+
+
+def _images_of(name: str) -> str:
+    """Of the name of latents, that of the images they are of; other names as they are."""
+    images, by, _ = name.removeprefix(_LATENTS).rpartition(" by autoencoder ")
+    return images if by and name.startswith(_LATENTS) else name
 
 
 def labels(loaded: Model, n: int, label: int | None) -> dict[str, torch.Tensor]:

@@ -10,18 +10,19 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from fluvial import grids, solvers, training
+from fluvial import grids, interop, solvers
 from fluvial.cli.app import app
-from fluvial.cli.common import MODEL, console, described, one_model, say
+from fluvial.cli.common import MODEL, console, data_for, say, says_its_data, trained_on
 from fluvial.errors import OptionError, one_of
 from fluvial.measure.features import NAMES
+from fluvial.systems import StageSource
 from fluvial.training import Source
 from fluvial.training.checkpoints import CONFIG
 
 
 @app.command()
 def evaluate(
-    runs: Annotated[list[str], typer.Argument(help=f"Models, each: {MODEL}", metavar="RUN [RUN …]")],
+    runs: Annotated[list[str], typer.Argument(help=f"Models or systems, each: {MODEL}", metavar="RUN [RUN …]")],
     steps: Annotated[str, typer.Option(help="Numbers of steps: 1,2,8. 1+9: a budget for each segment.")] = "1,2,4,8,64",
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("compare"),
     solver: Annotated[
@@ -57,8 +58,8 @@ def evaluate(
     if grid is not None and grid not in grids.names():
         raise one_of("grid", grid, grids.names())
     names = _names(runs)
-    models = {name: one_model(run, weights) for name, run in zip(names, runs)}
-    source = _source(data, runs, next(iter(models.values())).shape)
+    models: dict[str, Any] = {name: interop.load(run, weights=weights) for name, run in zip(names, runs)}
+    source = _source(data, runs, next(iter(models.values())))
     with console.status("sampling") as status:
         found = job.evaluate(
             models,
@@ -115,12 +116,12 @@ def _names(runs: Sequence[str]) -> list[str]:
     raise OptionError(f"a run is given twice among {', '.join(runs)}; expected each once")
 
 
-def _source(data: str | None, runs: Sequence[str], shape: tuple[int, ...] | None) -> Source:
-    """The data that are named, or those of the first run that says what it was trained on."""
-    configs = [described(run) for run in runs]
-    name = data or next((config["training"]["data"]["name"] for config in configs if config.get("training")), None)
-    if name is None:
-        raise OptionError("no run here says what it was trained on; expected --data, such as --data digits")
-    # Folders and hub data have no size of their own but that of their first image.
-    sides = shape[1:] if shape and (name.startswith("hf:") or Path(name).expanduser().is_dir()) else ()
-    return training.open_source(name, image_size=(sides[0], sides[1]) if len(sides) == 2 else None)
+def _source(data: str | None, runs: Sequence[str], model: Any) -> Source:
+    """The data that are named, or those of the first run that says what it was trained on; in the model's size."""
+    if data is None:
+        source = trained_on(next(filter(says_its_data, runs), runs[0]), model.shape)
+    else:
+        source = data_for(runs[0], model.shape, data)
+    if model.shape is None or len(model.shape) != 3 or source.shape == model.shape:
+        return source
+    return StageSource(source, model.shape[1:], normalisation=model.normalisation)

@@ -11,7 +11,6 @@ from torch import Tensor
 from fluvial import __version__, model, sheets, training
 from fluvial.cli.common import labels, say
 from fluvial.guidance import CFG
-from fluvial.running import StepReport
 from fluvial.show import settings
 from fluvial.systems import System
 
@@ -35,17 +34,17 @@ def draw(
     if asked["noise"] != "independent":
         given["noise"] = asked["noise"]
     view: Any = system if asked["path"] is None else model.convert(system, path=asked["path"])  # type: ignore[arg-type]
-    calls: list[int] = []
-
-    def count(step: StepReport) -> None:
-        # A stage begins where the count of its steps does.
-        if step.index == 0:
-            calls.append(0)
-        calls[-1] = step.nfe
-
+    calls = settings.Calls()
     cond = labels(system, n, label)  # type: ignore[arg-type]
-    made = view.stages(n, seed=seed, cond=cond, callback=count, progress=True, **given)
-    info = {"fluvial": __version__, "run": run, "system": system.kind, "seed": seed, "label": label, "nfe": calls}
+    made = view.stages(n, seed=seed, cond=cond, callback=calls, progress=True, **given)
+    info = {
+        "fluvial": __version__,
+        "run": run,
+        "system": system.kind,
+        "seed": seed,
+        "label": label,
+        "nfe": calls.by_stage,
+    }
     info |= {"models": {name: training.model_hash(part) for name, part in system.models.items()}}
     info |= {name: str(value) for name, value in asked.items() if value}
     columns = 10 if cond and label is None and n % 10 == 0 else None
@@ -56,7 +55,7 @@ def draw(
         say(f"{name}: {path}")
     picture = sheets.sheet(made[last], columns=columns, normalisation=system.normalisation)
     sheets.save(picture, out, {**info, "stage": last})
-    say(f"{n} samples, {' + '.join(map(str, calls))} NFE each: {out}")
+    say(f"{n} samples, {' + '.join(map(str, calls.by_stage))} NFE each: {out}")
     return made[last], {**cond, **{name: made[name] for name in before}}, info
 
 

@@ -24,6 +24,7 @@ from fluvial.model import Model
 from fluvial.show.evaluate_real import MEASURES, Real
 from fluvial.show.settings import Drawn, Setting, Start, draw
 from fluvial.solvers import Solver
+from fluvial.systems import System
 from fluvial.training import Source
 
 Steps = int | tuple[int, ...]
@@ -195,7 +196,7 @@ def _or_none(value: float) -> float | None:
 
 
 def evaluate(
-    models: Mapping[str, Model],
+    models: Mapping[str, Model | System],
     source: Source,
     *,
     steps: Sequence[Steps] = STEPS,
@@ -211,7 +212,7 @@ def evaluate(
     """Samples every model at every number of steps, and measures the samples against the data.
 
     Args:
-        models: by the names that their runs go by.
+        models: by the names that their runs go by; systems too, every stage of which takes these steps.
         source: real data, of the models' shape and in their units.
         steps: numbers of steps. A tuple is a budget for each segment, (1, 9): of the segments of a model that has some,
             of equal parts of the rectified path's time for all others, which are then sampled in that notation.
@@ -272,8 +273,11 @@ def evaluate(
     return Evaluation(entries, real.floors, accuracy, shown[:_SHOWN_POINTS], shared, runs)
 
 
-def describe(model: Model) -> dict[str, Any]:
-    """What is said of a model beside its figures."""
+def describe(model: Any) -> dict[str, Any]:
+    """What is said of a model, or of a system, beside its figures."""
+    if isinstance(model, System):
+        parts = {name: describe(part) for name, part in model.models.items()}
+        return {"model": " + ".join(part["model"] for part in parts.values()), "system": model.kind, "stages": parts}
     hashed = training.model_hash(model)
     return {"model": hashed, "path": str(model.path), "prediction": model.prediction.name}
 
@@ -284,7 +288,7 @@ def spelled(steps: Steps) -> str:
 
 
 def _check(
-    models: Mapping[str, Model], source: Source, steps: Sequence[Steps], n: int, seeds: int, label: int | None
+    models: Mapping[str, Any], source: Source, steps: Sequence[Steps], n: int, seeds: int, label: int | None
 ) -> None:
     if not models or not steps or n < 1 or seeds < 1:
         raise OptionError(
@@ -305,7 +309,7 @@ def _check(
             raise OptionError(f"label is {label} for {run}; expected {expected}")
 
 
-def _asked(model: Model, n: int, label: int | None) -> Tensor | None:
+def _asked(model: Any, n: int, label: int | None) -> Tensor | None:
     """The classes that samples 0 … n-1 ask for."""
     classes = (model.null or {}).get("label")
     if classes is None:
@@ -313,20 +317,27 @@ def _asked(model: Model, n: int, label: int | None) -> Tensor | None:
     return torch.arange(n) % classes if label is None else torch.full((n,), label)
 
 
-def _solver(model: Model, solver: str | Solver | None) -> Solver:
+def _solver(model: Any, solver: str | Solver | None) -> Any:
+    """The solver of a model; those of a system by stage, where they are not one."""
+    if isinstance(model, System):
+        found = {name: _solver(part, solver) for name, part in model.models.items()}
+        first = next(iter(found.values()))
+        return first if all(each == first for each in found.values()) else found
     chosen = solvers.named(solver or ("jump" if model.jumps else "euler"))
     return sampling.suited(chosen, model)
 
 
-def _setting(model: Model, solver: Solver, steps: Steps, grid: Any, guidance: float | None) -> Setting:
-    if isinstance(steps, int) or model.segments is not None:
+def _setting(model: Any, solver: Any, steps: Steps, grid: Any, guidance: float | None) -> Setting:
+    if isinstance(model, System) and not isinstance(steps, int):
+        raise OptionError(f"steps are {spelled(steps)}, budgets for the segments of one model; expected whole numbers")
+    if isinstance(steps, int) or model.segments is not None:  # type: ignore[union-attr]
         return Setting(solver, steps, times=grid, guidance=guidance)  # type: ignore[arg-type]
     nodes = [k / len(steps) for k in range(len(steps) + 1)]
     split = Split(nodes, steps, [grid] * len(steps))
     return Setting(solver, times=split, guidance=guidance, path=paths.Rectified())
 
 
-def _drawn(model: Model, setting: Setting, n: int, seed: int, asked: Tensor | None) -> Drawn:
+def _drawn(model: Any, setting: Setting, n: int, seed: int, asked: Tensor | None) -> Drawn:
     """Samples 0 … n-1 of a seed, in batches that bound the memory they take."""
     size = min(_LARGEST_BATCH, max(1, _BATCH_NUMBERS // math.prod(model.shape or (1,))))
     parts = []

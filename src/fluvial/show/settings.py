@@ -16,6 +16,7 @@ from fluvial.errors import OptionError, one_of
 from fluvial.guidance import CFG
 from fluvial.model import Model, convert
 from fluvial.paths import Path
+from fluvial.running import StepReport
 from fluvial.solvers import Dopri5, Solver
 
 Axes = dict[str, dict[str, Any]]
@@ -23,9 +24,12 @@ Axes = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Setting:
-    """How samples are drawn: the arguments of `fl.sample`; `nfe` instead of steps is a budget of network calls."""
+    """How samples are drawn: the arguments of `fl.sample`; `nfe` instead of steps is a budget of network calls.
 
-    solver: Solver
+    Of a system the solver may be several, by stage.
+    """
+
+    solver: Any
     steps: int | None = None
     nfe: int | None = None
     times: Any = None
@@ -82,6 +86,19 @@ class Start(NamedTuple):
     noise: str = "independent"
 
 
+class Calls:
+    """A callback of `fl.sample` that counts network calls: of every stage, `by_stage`, where there are several."""
+
+    def __init__(self) -> None:
+        self.by_stage: list[int] = []
+
+    def __call__(self, step: StepReport) -> None:
+        # A stage begins where the count of its steps does.
+        if step.index == 0:
+            self.by_stage.append(0)
+        self.by_stage[-1] = step.nfe
+
+
 class Drawn(NamedTuple):
     """Samples (n, …), the network calls each took, and the seconds all of them took."""
 
@@ -92,7 +109,7 @@ class Drawn(NamedTuple):
 
 def draw(model: Model, setting: Setting, start: Start, first: int = 0, progress: bool = False) -> Drawn:
     """The samples of a setting, from noises first … first + n - 1."""
-    calls, began = [0], time.perf_counter()
+    calls, began = Calls(), time.perf_counter()
     guidance, told = setting.guide(model)
     cond = {**start.cond, **{name: torch.full((start.n,), value) for name, value in told.items()}}
     x = sampling.sample(
@@ -106,10 +123,10 @@ def draw(model: Model, setting: Setting, start: Start, first: int = 0, progress:
         first=first,
         cond=cond,
         guidance=guidance,
-        callback=lambda step: calls.append(step.nfe),
+        callback=calls,
         progress=progress,
     )
-    return Drawn(x, calls[-1], time.perf_counter() - began)
+    return Drawn(x, sum(calls.by_stage), time.perf_counter() - began)
 
 
 # As typed.
