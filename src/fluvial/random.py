@@ -34,7 +34,8 @@ _PIECE = 1 << 14
 
 def philox(counter: Sequence[Tensor | int], key: tuple[int, int], rounds: int = 10) -> tuple[Tensor, ...]:
     """Philox 4x32: four words of 32 random bits (as int64 tensors) for a counter of four words and a key of two."""
-    words = torch.broadcast_tensors(*(torch.as_tensor(word, dtype=torch.int64) for word in counter))
+    device = next((word.device for word in counter if isinstance(word, Tensor)), None)
+    words = torch.broadcast_tensors(*(torch.as_tensor(word, dtype=torch.int64, device=device) for word in counter))
     c0, c1, c2, c3 = (word.clone() for word in words)
     k0, k1 = key
     for _ in range(rounds):

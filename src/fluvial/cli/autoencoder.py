@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from fluvial import __version__, sampling, sheets, systems, training
 from fluvial.cli.app import app
-from fluvial.cli.common import interruptible, labels, say
+from fluvial.cli.common import interruptible, labels, on_device, say
 from fluvial.errors import one_of
 from fluvial.training import Source
 
@@ -58,11 +57,8 @@ def train_autoencoder(
 
 def begin(autoencoder: Path, source: Source, out: Path, shown: bool = True) -> tuple[systems.Latents, Path]:
     """The latents of the source, cached in the run, and the folder of the latent model's own run."""
-    from accelerate import PartialState
-
-    found = systems.load_autoencoder(autoencoder)
-    # On several processes the first one encodes, and the others read.
-    with interruptible(), PartialState(cpu=not torch.accelerator.is_available()).main_process_first():
+    found = on_device(systems.load_autoencoder(autoencoder))
+    with interruptible():
         z, folder = systems.begin_latent_run(found, source, out, progress=shown and training.is_main_process())
     if shown and training.is_main_process():
         say(f"{z.images} images as latents {' x '.join(map(str, z.shape))}, of autoencoder {z.autoencoder.hash}")
@@ -71,7 +67,7 @@ def begin(autoencoder: Path, source: Source, out: Path, shown: bool = True) -> t
 
 def finish(out: Path) -> Path:
     """Draws what the system makes of its latents: a sheet in the run's folder."""
-    system, seed = systems.load(out), 0
+    system, seed = on_device(systems.load(out)), 0
     classes = (system.null or {}).get("label")
     n = 64 if not classes or classes > 16 else classes * max(1, 64 // classes)
     images = sampling.sample(system, n, seed=seed, steps=sampling.DEFAULT_STEPS, cond=labels(system, n, None))

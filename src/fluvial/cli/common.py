@@ -52,6 +52,14 @@ def one_model(run: str | Path, weights: str = "ema") -> Model:
     return loaded
 
 
+def on_device(loaded: Any) -> Any:
+    """The model, system or part of one, on the accelerator where there is one."""
+    device = torch.accelerator.current_accelerator()
+    if device is not None and torch.accelerator.is_available():
+        loaded.to(device)
+    return loaded
+
+
 def described(run: str | Path) -> dict[str, Any]:
     """The config of a run; nothing of models of elsewhere, which do not say what they were trained on."""
     folder = Path(run)

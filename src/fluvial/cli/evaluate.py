@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from fluvial import grids, interop, solvers
 from fluvial.cli.app import app
-from fluvial.cli.common import MODEL, console, data_for, say, says_its_data, trained_on
+from fluvial.cli.common import MODEL, console, data_for, on_device, say, says_its_data, trained_on
 from fluvial.errors import OptionError, one_of
 from fluvial.measure.features import NAMES
 from fluvial.systems import StageSource
@@ -58,7 +58,7 @@ def evaluate(
     if grid is not None and grid not in grids.names():
         raise one_of("grid", grid, grids.names())
     names = _names(runs)
-    models: dict[str, Any] = {name: interop.load(run, weights=weights) for name, run in zip(names, runs)}
+    models: dict[str, Any] = {name: on_device(interop.load(run, weights=weights)) for name, run in zip(names, runs)}
     source = _source(data, runs, next(iter(models.values())))
     with console.status("sampling") as status:
         found = job.evaluate(

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from fluvial import grids, model, paths, sampling, training
 from fluvial.cli.app import app
-from fluvial.cli.common import MODEL, data_for, interruptible, one_model
+from fluvial.cli.common import MODEL, data_for, interruptible, on_device, one_model
 from fluvial.guidance import CFG
 from fluvial.show import settings
 
@@ -43,12 +42,9 @@ def pairs(
     loaded = one_model(run, weights)
     if path is not None:
         loaded = model.convert(loaded, path=paths.named(path))
-    device = torch.accelerator.current_accelerator()
-    if device is not None and torch.accelerator.is_available():
-        loaded.to(device)
     with interruptible():
         training.make_pairs(
-            loaded,
+            on_device(loaded),
             n,
             data=None if data is None else data_for(run, loaded.shape, data),
             solver=settings.solver(solver, option or []),

@@ -14,7 +14,7 @@ import typer
 from fluvial import __version__, grids, interop, model, paths, sampling, sheets, solvers, training
 from fluvial.cli import system_sample
 from fluvial.cli.app import app
-from fluvial.cli.common import MODEL, console, labels, print_table, say
+from fluvial.cli.common import MODEL, console, labels, on_device, print_table, say
 from fluvial.errors import OptionError
 from fluvial.show import settings
 from fluvial.systems import System
@@ -70,7 +70,7 @@ def sample(
     if times is not None and grid is not None:
         raise OptionError(f"--times {times} and --grid {grid} are given; expected one of them")
     nodes = grid if times is None else settings.times(times)
-    loaded = interop.load(run, weights=weights)
+    loaded = on_device(interop.load(run, weights=weights))
     others = {"--data": data, "--json": json_file, "argument": more and " ".join(more)}
     _require_use(n, loaded, bool(compared), npz, others)
     if isinstance(loaded, System):

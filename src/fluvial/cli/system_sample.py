@@ -37,6 +37,7 @@ def draw(
     calls = settings.Calls()
     cond = labels(system, n, label)  # type: ignore[arg-type]
     made = view.stages(n, seed=seed, cond=cond, callback=calls, progress=True, **given)
+    made = {name: x.cpu() for name, x in made.items()}
     info = {
         "fluvial": __version__,
         "run": run,

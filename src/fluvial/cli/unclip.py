@@ -9,7 +9,7 @@ import typer
 
 from fluvial import __version__, interop, sheets, solvers, systems, training
 from fluvial.cli.app import app
-from fluvial.cli.common import interruptible, say
+from fluvial.cli.common import interruptible, on_device, say
 from fluvial.errors import OptionError
 from fluvial.guidance import CFG
 from fluvial.sampling import DEFAULT_SOLVER, DEFAULT_STEPS
@@ -154,7 +154,7 @@ def draw(
     scales = {"prior": prior_guidance, "decoder": guidance}
     options: dict[str, Any] = {"solver": {"decoder": solver}, "steps": {"decoder": steps}, "seed": seed}
     options["guidance"] = {name: CFG(scale) for name, scale in scales.items() if scale != 1.0}
-    x = system.draw([text for text in texts for _ in range(n)], **options)
+    x = on_device(system).draw([text for text in texts for _ in range(n)], **options).cpu()
     parts = {name: training.model_hash(model) for name, model in system.models.items()} | {"clip": system.clip.hash}
     info = {"fluvial": __version__, "run": folder, "model": parts, "texts": texts, "solver": solver, "steps": steps}
     info |= {"guidance": scales, "seed": seed}

@@ -100,7 +100,7 @@ class Calls:
 
 
 class Drawn(NamedTuple):
-    """Samples (n, …), the network calls each took, and the seconds all of them took."""
+    """Samples (n, …) on the processor, the network calls each took, and the seconds all of them took."""
 
     x: Tensor
     nfe: int
@@ -126,7 +126,7 @@ def draw(model: Model, setting: Setting, start: Start, first: int = 0, progress:
         callback=calls,
         progress=progress,
     )
-    return Drawn(x, sum(calls.by_stage), time.perf_counter() - began)
+    return Drawn(x.cpu(), sum(calls.by_stage), time.perf_counter() - began)
 
 
 # As typed.

@@ -94,6 +94,12 @@ class System(ABC):
     def device(self) -> torch.device:
         return next(iter(self.models.values())).device
 
+    def to(self, device: torch.device | str) -> Self:
+        """Moves all parts, in place."""
+        for model in self.models.values():
+            model.to(device)
+        return self
+
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for model in self.models.values() for parameter in model.parameters()]
 

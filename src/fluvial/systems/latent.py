@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -105,6 +105,10 @@ class Latent(System):
         with torch.no_grad():
             mean = self.autoencoder.encode(images).mean
         return sampling.encode(self.model, mean, **options_of("model", options, ("model",)))
+
+    def to(self, device: torch.device | str) -> Self:
+        self.autoencoder.to(device)
+        return super().to(device)
 
     def with_models(self, models: Mapping[str, Model]) -> Latent:
         return Latent(self.autoencoder, models["model"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,22 @@ def begin_latent_run(
 
     folder, source = Path(out), open_source(source)
     autoencoder = autoencoder.for_data(source)
+    with _first_process():
+        _begin_folder(folder, autoencoder)
+        z = latents(autoencoder, source, folder / CACHE, **options)
+    return z, folder / MODEL
+
+
+def _first_process() -> AbstractContextManager[Any]:
+    """Of several processes the first one encodes, and the others then read."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return nullcontext()
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available()).main_process_first()
+
+
+def _begin_folder(folder: Path, autoencoder: Autoencoder) -> None:
     if (folder / INDEX).is_file():
         known = atomic.read_json(folder / INDEX).get("settings", {}).get(PART)
         if known != autoencoder.hash:
@@ -68,7 +85,6 @@ def begin_latent_run(
             autoencoder.save(folder / PART)
         index = {"fluvial": __version__, "system": Latent.kind, "models": [MODEL], "settings": {PART: autoencoder.hash}}
         atomic.replace(folder / INDEX, lambda file: file.write_text(json.dumps(index, indent=2) + "\n", "utf-8"))
-    return latents(autoencoder, source, folder / CACHE, **options), folder / MODEL
 
 
 def open_latents(

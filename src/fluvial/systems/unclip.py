@@ -203,6 +203,10 @@ class UnCLIP(System):
 
     # The protocol
 
+    def to(self, device: torch.device | str) -> Self:
+        self.clip.to(device)
+        return super().to(device)
+
     def with_models(self, models: Mapping[str, Model]) -> Self:
         return type(self)(models[PRIOR], models[DECODER], self.clip)
 
