@@ -79,7 +79,7 @@ def train_prior(
     if autoregressive and path is not None:
         raise OptionError(f"--path is {path}, and an autoregressive prior has none; expected one of the two options")
     options: dict[str, Any] = {"batch_size": batch_size, "seed": seed} | ({} if lr is None else {"lr": lr})
-    found = systems.embedded(_source(data, words, image_size), systems.CLIP.load(clip))
+    found = systems.embedded(_source(data, words, image_size), on_device(systems.CLIP.load(clip)))
     with interruptible():
         if autoregressive:
             systems.train_autoregressive_prior(found, out, steps, **options)
@@ -106,7 +106,7 @@ def train_decoder(
     """Train unCLIP's decoder: from the embedding of an image to the image. The same command resumes."""
     options: dict[str, Any] = {"width": width, "sees": tuple(sees.split(","))}
     options |= {} if lr is None else {"lr": lr}
-    found = systems.embedded(_source(data, words, image_size), systems.CLIP.load(clip))
+    found = systems.embedded(_source(data, words, image_size), on_device(systems.CLIP.load(clip)))
     with interruptible():
         systems.train_decoder(found, out, steps, batch_size=batch_size, seed=seed, path=path, **options)
     _done(out, steps)
