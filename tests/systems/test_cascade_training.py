@@ -146,7 +146,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stages")
     few = ["--steps", 2, "--batch-size", 8, "--precision", "fp32"]
     assert command("train", "digits", "--size", 4, "--out", folder / "base", *few) == 0
-    asked = ["--from", folder / "base", "--augmentation", "1..5"]
+    asked = ["--from", folder / "base", "--stage", 2, "--augmentation", "1..5"]
     assert command("train", "digits", *asked, "--out", folder / "up", *few) == 0
     return folder
 
@@ -176,6 +176,12 @@ def test_stages_are_trained_and_put_together_by_commands(runs, capsys):
 BAD = {
     "unsized": (["train", "digits", "--from", "{runs}/base", "--size", "9"], "expected no larger ones"),
     "not larger": (["train", "digits", "--from", "{runs}/base", "--size", "4"], "low is (4, 4) for a stage of (4, 4)"),
+    "stage without lower": (["train", "digits", "--stage", "2"], "--stage is 2; expected 1 for a base"),
+    "base with lower": (["train", "digits", "--from", "{runs}/base", "--stage", "1"], "expected 2 or more with --from"),
+    "stage skipped": (
+        ["train", "digits", "--from", "{runs}/base", "--stage", "3"],
+        "is a base; expected the run of stage 2",
+    ),
     "augmented base": (["train", "digits", "--augmentation", "0..8"], "without --from"),
     "no range": (["train", "digits", "--from", "{runs}/base", "--augmentation", "3"], "expected log-SNR such as 0..8"),
     "wrong order": (["cascade", "{runs}/up", "{runs}/base"], "base starts from a lower image"),

@@ -14,7 +14,7 @@ from fluvial.cli.app import app
 from fluvial.cli.common import say
 from fluvial.errors import OptionError, RunError
 from fluvial.model import Model
-from fluvial.systems import Augmentation, Cascade, StageSource, stage_model
+from fluvial.systems import Augmentation, Cascade, StageSource, Upsampler, stage_model
 from fluvial.systems.upsampling import USUAL
 
 
@@ -63,7 +63,12 @@ def _levels(text: str | None, stages: int) -> Any:
 
 
 def stage_data(
-    source: training.Source, size: int | None, below: str | None, augmentation: str | None, seed: int
+    source: training.Source,
+    size: int | None,
+    below: str | None,
+    augmentation: str | None,
+    seed: int,
+    stage: int | None = None,
 ) -> training.Source:
     """The data of the stage that `fluvial train` is asked for; those given where it is asked for none.
 
@@ -71,7 +76,11 @@ def stage_data(
         size: of the stage; None: that of the data.
         below: the run of the stage below.
         augmentation: LOWEST..HIGHEST, or none.
+        stage: its number, from 1, to be checked against the stage below.
     """
+    if stage is not None and (stage < 1 or (stage > 1) != (below is not None)):
+        expected = "1 for a base; those above it need --from" if below is None else "2 or more with --from"
+        raise OptionError(f"--stage is {stage}; expected {expected}")
     if below is None:
         if augmentation is not None:
             raise OptionError(f"--augmentation is {augmentation} without --from; expected the run of the stage below")
@@ -84,6 +93,9 @@ def stage_data(
             f"--from {below} makes images of {lower.shape[0]} channels, and {source.name} has {source.shape[0]}; "
             "expected the same"
         )
+    if stage is not None and (stage > 2) != isinstance(lower.network, Upsampler):
+        is_base = "an upper stage" if stage == 2 else "a base"
+        raise OptionError(f"--stage is {stage}, and --from {below} is {is_base}; expected the run of stage {stage - 1}")
     side = source.shape[1:] if size is None else size
     return StageSource(source, side, lower.shape[1:], augmentation=_augmentation(augmentation), seed=seed)
 

@@ -58,6 +58,9 @@ def train(
     below: Annotated[
         str | None, typer.Option("--from", help="The run of the stage below: learn to make its images larger.")
     ] = None,
+    stage: Annotated[
+        int | None, typer.Option(help="Of a cascade: 1 is the base, 2 the one --from it, …: checked, if given.")
+    ] = None,
     augmentation: Annotated[
         str | None, typer.Option(help="With --from: log-SNR of lower images, 0..8 by default; or none.")
     ] = None,
@@ -70,7 +73,7 @@ def train(
     source, folder = open_data(data, image_size), out
     if latent is not None and below is not None:
         raise OptionError(f"--latent {latent} and --from {below} are given; expected one of them")
-    source = cascade.stage_data(source, size, below, augmentation, seed)
+    source = cascade.stage_data(source, size, below, augmentation, seed, stage)
     if latent is not None:
         source, folder = autoencoder.begin(latent, source, out)
     net = cascade.model_for(source, path, prediction)
