@@ -12,6 +12,7 @@ import fluvial as fl
 from elsewhere import DEVICE, There, elsewhere
 from fluvial import distill, guidance, likelihood, measure, random, sampling, solvers, straighten, systems, training
 from fluvial.objectives import Objective
+from fluvial.show import diagnose, evaluate
 from fluvial.training import batch, opening, precision
 from problems import command
 
@@ -190,3 +191,17 @@ def test_commands_sample_there(monkeypatch, tmp_path):
     here, there = (numpy.load(tmp_path / name)["samples"] for name in ("here.npz", "there.npz"))
     numpy.testing.assert_allclose(there, here, rtol=0, atol=2e-3)
     assert (tmp_path / "latent-latent.png").is_file()
+
+
+def test_evaluations_and_diagnoses_there():
+    """Figures of samples that were drawn there are those of samples from here."""
+    source, model = training.open_source(POINTS), small(POINTS)
+    here = evaluate.evaluate({"a": model}, source, steps=(2,), n=8, seeds=1).entries[0]
+    straight = diagnose.diagnose(model, source, n=8, steps=3, seeds=2)
+    with elsewhere():
+        model.to(DEVICE)
+        there = evaluate.evaluate({"a": model}, source, steps=(2,), n=8, seeds=1).entries[0]
+        again = diagnose.diagnose(model, source, n=8, steps=3, seeds=2)
+    for name, figure in here.figures.items():
+        assert there.figures[name].mean == pytest.approx(figure.mean, rel=1e-3, abs=1e-4)
+    assert again.straightness.mean == pytest.approx(straight.straightness.mean, rel=1e-3)

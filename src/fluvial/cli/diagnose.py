@@ -9,7 +9,7 @@ import typer
 
 from fluvial import __version__, training
 from fluvial.cli.app import app
-from fluvial.cli.common import MODEL, console, described, labels, one_model, say
+from fluvial.cli.common import MODEL, console, described, labels, on_device, one_model, say
 from fluvial.errors import FluvialError, OptionError
 from fluvial.show import settings
 
@@ -34,7 +34,7 @@ def diagnose(
     if n < 2:
         raise OptionError(f"-n is {n}; expected 2 or more trajectories")
     nodes = settings.times(segments)
-    loaded = one_model(run, weights)
+    loaded = on_device(one_model(run, weights))
     source, reason = _source(run, data)
     made: dict[str, Any] = {"fluvial": __version__, "run": run, "model": training.model_hash(loaded)}
     with console.status("starting") as status:

@@ -10,7 +10,7 @@ import typer
 
 from fluvial import solvers, training
 from fluvial.cli.app import app
-from fluvial.cli.common import MODEL, console, data_for, described, interruptible, one_model, say, trained_on
+from fluvial.cli.common import MODEL, console, data_for, described, interruptible, on_device, one_model, say, trained_on
 from fluvial.distill import METHODS
 from fluvial.distill.command import SOLVER, check, regress
 from fluvial.errors import NonFiniteError, OptionError, one_of
@@ -76,7 +76,7 @@ def distill(
     options |= {name: value for name, value in (("lr", lr), ("solver", solver), ("distance", distance)) if value}
     options |= {"taught": False} if no_teacher else {}
     check(method, out, {"steps": steps, **options})
-    loaded = one_model(run, weights)
+    loaded = on_device(one_model(run, weights))
     try:
         with interruptible():
             if own_pairs:

@@ -9,7 +9,7 @@ import typer
 
 from fluvial import solvers, training
 from fluvial.cli.app import app
-from fluvial.cli.common import MODEL, console, data_for, interruptible, one_model, say
+from fluvial.cli.common import MODEL, console, data_for, interruptible, on_device, one_model, say
 from fluvial.errors import OptionError
 from fluvial.guidance import CFG
 
@@ -49,7 +49,7 @@ def straighten(
     from fluvial.straighten import rounds as straightened
 
     options: dict[str, Any] = {} if lr is None else {"lr": lr}
-    loaded = one_model(run, weights)
+    loaded = on_device(one_model(run, weights))
     with interruptible():
         made = straightened(
             loaded, n, rounds, out=out, segments=_segments(segments), straighten=_which(which), solver=solver,
