@@ -53,9 +53,9 @@ def test_quantiles_of_buckets_are_the_inverse_of_their_distribution_function():
     bucket, share = quantile(p, u)
     assert bucket.tolist() == [1, 0, 2]
     torch.testing.assert_close(share, torch.tensor([0.5, 0.75, 0.25], dtype=torch.float64), rtol=0, atol=1e-15)
-    ends = quantile(p[[0, 0]], torch.tensor([0.0, 1.0], dtype=torch.float64))
-    assert ends[0].tolist() == [0, 2]
-    assert ends[1].tolist() == [0.0, 1.0]
+    ends = quantile(p[[0, 0, 1]], torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64))
+    assert ends[0].tolist() == [0, 2, 2]
+    assert ends[1].tolist() == [0.0, 1.0, 0.0], "the last bucket, which is empty, begins where the others end"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -230,7 +230,8 @@ def quantile(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     upto = upto / upto[:, -1:]
     bucket = torch.searchsorted(upto, u[:, None].contiguous(), right=True).clamp(max=p.shape[1] - 1)
     p = p.gather(1, bucket)
-    return bucket[:, 0], ((u[:, None] - upto.gather(1, bucket) + p) / p).clamp(0.0, 1.0)[:, 0]
+    share = (u[:, None] - upto.gather(1, bucket) + p) / p.clamp(min=torch.finfo(p.dtype).tiny)
+    return bucket[:, 0], share.clamp(0.0, 1.0)[:, 0]
 
 
 @dataclass(frozen=True)
