@@ -115,7 +115,8 @@ def _in_folder(made: Recipe, asked: _Asked, folder: Path, team: _Team | None, pr
         manifest, rank, world = _begin(made, asked, folder, True), 0, 1
     else:
         rank, world = team.accelerator.process_index, team.accelerator.num_processes
-        # The first process writes what the others then read.
+        # What the folder was until now nobody reads any more; the first process writes what the others then read.
+        team.accelerator.wait_for_everyone()
         with team.accelerator.main_process_first():
             manifest = _begin(made, asked, folder, rank == 0)
     shards = Shards(manifest["n"], manifest["shard_size"])
